@@ -1,0 +1,52 @@
+# Every command of the project. `make help` lists them.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full lint setup models build start stop psql env install uninstall bench clean
+
+help: ## lists these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: ## installs what is missing, builds, starts a private server, and gives a tour of it in SQL
+	@scripts/demo
+
+test: ## everything that CI runs
+	@scripts/test
+
+test-full: ## and what is too long for CI
+	@scripts/test --full
+
+lint: setup ## formatting, and clippy with warnings as errors
+	@scripts/lint
+
+bench: models build ## rows/s and MB/s beside PL/Python with ONNX Runtime, in one interleaved run
+	@benches/run
+
+setup: ## installs what is missing: packages, cargo-pgrx, private servers, Python packages
+	@scripts/setup
+
+models: setup ## downloads and makes the models of the demo, the tests and the benchmarks
+	@scripts/make-models
+
+build: setup ## builds the extension into the private server
+	@scripts/install-extension
+
+start: build ## starts the private server under target/, with the extension
+	@scripts/cluster start && scripts/cluster status
+
+stop: ## stops the private server
+	@scripts/cluster stop
+
+psql: start ## opens psql on the private server
+	@scripts/cluster psql
+
+env: ## prints the lines that point other programs to the private server: eval "$(make -s env)"
+	@scripts/cluster env
+
+install: setup ## installs into the system's PostgreSQL, the one of pg_config (PG_CONFIG=...)
+	@scripts/install-system
+
+uninstall: ## takes the extension's files out of the system's PostgreSQL
+	@scripts/install-system --remove
+
+clean: ## stops the private servers and removes all that was made
+	@scripts/clean

@@ -1,0 +1,251 @@
+//! Plans: a graph and its tensors, compiled for execution.
+//!
+//! Responsible for: everything between a stored graph and the numbers that it computes. [`Plan::compile`] checks the
+//! graph ([`refusals`]), gives it its tensors ([`prepare`]), and lets tract compile it ([`build`]); [`Plan::run`]
+//! checks inputs, binds free dimensions and executes node by node ([`run`]).
+//!
+//! Invariants:
+//! - a model is data of a stranger: whatever it contains, compiling and running end with a result or a
+//!   [`ModelError`], never with a panic, an abort for want of memory, an overflowing stack, or a file of the server
+//!   being opened;
+//! - numbers are right or absent: what tract is known to compute wrongly is refused at compile;
+//! - a plan is immutable but for its cache of specialisations, and may be used by several threads.
+
+mod build;
+mod names;
+mod prepare;
+pub mod refusals;
+mod run;
+
+#[cfg(test)]
+mod tests;
+
+use crate::error::{ErrorKind, ModelError};
+use crate::signature::Signature;
+use crate::tensor::HostTensor;
+use crate::worker;
+use build::{Runnable, Template};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+pub(crate) use prepare::decode;
+
+/// Fetches the bytes of the stored tensor with this ordinal: little-endian, row-major, appended to the buffer.
+pub type FetchTensor<'a> = dyn FnMut(u32, &mut Vec<u8>) -> Result<(), ModelError> + 'a;
+
+/// Settings of a compilation.
+#[derive(Clone, Debug)]
+pub struct CompileOptions {
+    /// Bytes that the values of one run may take at a time, and that a constant computed at compile may take.
+    /// A run that would need more is refused with `TooLarge`. Default 2 GB.
+    pub memory_limit: u64,
+    /// Plans for concrete input shapes that are kept for a model that needs them. Default 4.
+    pub specialisations: usize,
+}
+
+impl Default for CompileOptions {
+    fn default() -> CompileOptions {
+        CompileOptions { memory_limit: 2 << 30, specialisations: 4 }
+    }
+}
+
+/// The shapes of a run's inputs, in the signature's order.
+type Shapes = Vec<Vec<usize>>;
+
+/// A compiled model.
+pub struct Plan {
+    signature: Signature,
+    options: CompileOptions,
+    /// Serves every input shape; none where tract cannot compile the graph with free dimensions.
+    general: Option<Arc<Runnable>>,
+    /// What plans for concrete shapes are made of; none where `general` does for all shapes.
+    template: Option<Template>,
+    specialised: Mutex<Vec<(Shapes, Arc<Runnable>)>>,
+    /// Bytes of the tensors.
+    weights: u64,
+    memory: AtomicU64,
+}
+
+impl Plan {
+    /// Compiles a stored graph. The tensors are fetched on the calling thread, the work is done on the compute thread
+    /// ([`worker`]), which has the stack for deep graphs.
+    ///
+    /// # Errors
+    /// `NotOnnx` and `InvalidModel` for what is no valid graph; `UnsupportedOperator`, `UnsupportedOpset`,
+    /// `UnsupportedType` for what cannot be run; `TooLarge` for constants beyond the memory limit; what `tensors`
+    /// returns.
+    pub fn compile(
+        graph: &[u8],
+        tensors: &mut FetchTensor<'_>,
+        options: &CompileOptions,
+    ) -> Result<Plan, ModelError> {
+        Plan::compile_interruptible(graph, tensors, options, &mut || false)
+    }
+
+    /// As [`compile`](Plan::compile); `poll` is called at least every 20 ms while the compute thread works, and ends
+    /// the call with `Cancelled` when it says true.
+    ///
+    /// # Errors
+    /// As [`compile`](Plan::compile), and `Cancelled`.
+    pub fn compile_interruptible(
+        graph: &[u8],
+        tensors: &mut FetchTensor<'_>,
+        options: &CompileOptions,
+        poll: &mut dyn FnMut() -> bool,
+    ) -> Result<Plan, ModelError> {
+        let prepared = prepare::prepare(graph, tensors, options)?;
+        let options = options.clone();
+        worker::run_interruptible(
+            move |cancel| {
+                contain("compiling the model", ErrorKind::InvalidModel, || {
+                    Plan::from_prepared(prepared, options, cancel)
+                })
+            },
+            poll,
+        )
+    }
+
+    fn from_prepared(
+        prepared: prepare::Prepared,
+        options: CompileOptions,
+        cancel: &AtomicBool,
+    ) -> Result<Plan, ModelError> {
+        let weights = prepared.weights;
+        let signature = prepared.signature.clone();
+        let (general, template) = build::compile(prepared, &options, cancel)?;
+        let plan = Plan {
+            signature,
+            options,
+            general: general.map(Arc::new),
+            template,
+            specialised: Mutex::new(Vec::new()),
+            weights,
+            memory: AtomicU64::new(0),
+        };
+        plan.count_memory(0);
+        Ok(plan)
+    }
+
+    /// Runs the plan. `cancel` is looked at between operators. Outputs come in the graph's order.
+    ///
+    /// # Errors
+    /// `UnknownInput`, `MissingInput` and `InvalidInput` for inputs that do not fit, `TooLarge` for a run beyond the
+    /// memory limit, `Cancelled`, and `InvalidInput` for values that the model cannot compute with, such as an index
+    /// out of range.
+    pub fn run(
+        &self,
+        inputs: Vec<(String, HostTensor)>,
+        cancel: &AtomicBool,
+    ) -> Result<Vec<(String, HostTensor)>, ModelError> {
+        let inputs = run::order_inputs(&self.signature, inputs)?;
+        let shapes: Shapes = inputs.iter().map(|tensor| tensor.shape.clone()).collect();
+        contain("running the model", ErrorKind::InvalidInput, || {
+            let runnable = self.runnable(&shapes, cancel)?;
+            run::run(&runnable, &self.signature, inputs, &shapes, &self.options, cancel)
+        })
+    }
+
+    /// True when a run with these inputs may keep the calling thread in one step for longer than about 20 ms, or
+    /// when it has to compile first. Such a run belongs on the compute thread; others are quicker in place.
+    pub fn is_heavy(&self, inputs: &[(String, HostTensor)]) -> bool {
+        let mut shapes = Vec::with_capacity(inputs.len());
+        for port in &self.signature.inputs {
+            // A run that will be refused is not heavy.
+            let Some((_, tensor)) = inputs.iter().find(|(name, _)| *name == port.name) else { return false };
+            shapes.push(tensor.shape.clone());
+        }
+        match self.ready(&shapes) {
+            Some(runnable) => runnable.is_heavy(&shapes),
+            None => true,
+        }
+    }
+
+    /// What the model takes and gives, as the graph declares it.
+    pub fn signature(&self) -> &Signature {
+        &self.signature
+    }
+
+    /// Bytes that the plan occupies: an estimate from the sizes of its tensors, growing with its specialisations.
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory.load(Ordering::Relaxed)
+    }
+
+    /// True when the first dimension of every input and output is the same free dimension, so that any number of
+    /// rows can be given at a time. Says nothing about whether rows influence each other.
+    pub fn batch_is_free(&self) -> bool {
+        self.signature.batch_is_declared_free()
+    }
+
+    /// True when one compiled form serves all shapes; false when each new combination of input shapes is compiled.
+    pub fn is_general(&self) -> bool {
+        self.template.is_none()
+    }
+
+    /// Floating-point multiply-adds of one run for a batch of one, every other free dimension being 1: an estimate.
+    pub fn flops_per_row(&self) -> Option<u64> {
+        self.general.as_ref().map(|runnable| runnable.flops(1))
+    }
+
+    /// The compiled form for these shapes, if it is there.
+    fn ready(&self, shapes: &Shapes) -> Option<Arc<Runnable>> {
+        match (&self.template, &self.general) {
+            (None, Some(general)) => Some(general.clone()),
+            _ => {
+                let mut cache = self.specialised.lock().unwrap_or_else(PoisonError::into_inner);
+                let place = cache.iter().position(|(held, _)| held == shapes)?;
+                // Last used stands last.
+                let entry = cache.remove(place);
+                let runnable = entry.1.clone();
+                cache.push(entry);
+                Some(runnable)
+            }
+        }
+    }
+
+    /// The compiled form for these shapes, compiled now if need be.
+    fn runnable(&self, shapes: &Shapes, cancel: &AtomicBool) -> Result<Arc<Runnable>, ModelError> {
+        if let Some(runnable) = self.ready(shapes) {
+            return Ok(runnable);
+        }
+        let template = self.template.as_ref().ok_or_else(|| ModelError::internal("a plan without a compiled form"))?;
+        let made = Arc::new(build::specialise(template, &self.signature, shapes, &self.options, cancel)?);
+        let mut cache = self.specialised.lock().unwrap_or_else(PoisonError::into_inner);
+        while cache.len() >= self.options.specialisations.max(1) {
+            cache.remove(0);
+        }
+        cache.push((shapes.clone(), made.clone()));
+        self.count_memory(cache.len());
+        Ok(made)
+    }
+
+    fn count_memory(&self, specialised: usize) {
+        let copies = u64::from(self.general.is_some()) + u64::from(self.template.is_some()) + specialised as u64;
+        self.memory.store(self.weights * copies + OVERHEAD, Ordering::Relaxed);
+    }
+}
+
+impl std::fmt::Debug for Plan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Plan").field("signature", &self.signature).finish_non_exhaustive()
+    }
+}
+
+/// Bytes of a plan beside its tensors, roughly.
+const OVERHEAD: u64 = 256 << 10;
+
+/// Runs `work` with panics contained. A panic inside tract is caused by the model or by an input, so its kind is
+/// the given one, not `Internal`.
+fn contain<T>(
+    step: &str,
+    kind: ErrorKind,
+    work: impl FnOnce() -> Result<T, ModelError>,
+) -> Result<T, ModelError> {
+    worker::contain_panic(step, || Ok(work())).unwrap_or_else(|mut error| {
+        error.kind = kind;
+        Err(error)
+    })
+}
+
+/// Sizes by name of dimension.
+type Bindings<'a> = HashMap<&'a str, usize>;

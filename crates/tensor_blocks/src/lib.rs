@@ -1,0 +1,13 @@
+//! Tensor blocks: element types, the tiling of tensors into blocks, and the content hash of a block.
+//!
+//! A tensor is seen as a matrix (a [`View`]), cut into rectangular tiles by a [`Tiling`], and each tile is a block
+//! whose identity is its [`block_hash`]. This crate knows nothing of PostgreSQL and nothing of ONNX files; only the
+//! codes of the element types are ONNX's.
+
+mod dtype;
+mod hash;
+mod tiling;
+
+pub use dtype::DType;
+pub use hash::{BlockHash, block_hash};
+pub use tiling::{Tile, Tiling, TilingError, View};

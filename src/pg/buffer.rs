@@ -1,0 +1,163 @@
+//! Shared buffers: a pin, and content locks that borrow it.
+
+use pgrx::pg_sys;
+
+/// Bytes of a page.
+pub const BLCKSZ: usize = pg_sys::BLCKSZ as usize;
+/// Bytes of `PageHeaderData` before its line pointers.
+pub const PAGE_HEADER: usize = std::mem::offset_of!(pg_sys::PageHeaderData, pd_linp);
+/// Bytes of a page behind its header.
+pub const PAGE_BYTES: usize = BLCKSZ - PAGE_HEADER;
+
+/// A pinned buffer of a relation's main fork.
+pub struct Pinned {
+    buffer: pg_sys::Buffer,
+}
+
+impl Pinned {
+    /// Pins block `block`, reading it if needed.
+    ///
+    /// Errors (as PostgreSQL ERROR): the block lies past the end, or fails its checksum.
+    pub fn read(rel: pg_sys::Relation, block: pg_sys::BlockNumber) -> Pinned {
+        Self::read_with(rel, block, std::ptr::null_mut())
+    }
+
+    /// As [`Pinned::read`], through a buffer access strategy (a ring for bulk reads; null for none).
+    pub fn read_with(
+        rel: pg_sys::Relation,
+        block: pg_sys::BlockNumber,
+        strategy: pg_sys::BufferAccessStrategy,
+    ) -> Pinned {
+        // SAFETY: `rel` is an open relation, by the contract of every caller in `store`.
+        let buffer = unsafe {
+            pg_sys::ReadBufferExtended(
+                rel,
+                pg_sys::ForkNumber::MAIN_FORKNUM,
+                block,
+                pg_sys::ReadBufferMode::RBM_NORMAL,
+                strategy,
+            )
+        };
+        Pinned { buffer }
+    }
+
+    /// Appends one zeroed page and pins it. The caller holds the relation's extension lock.
+    pub fn extend(rel: pg_sys::Relation) -> Pinned {
+        const P_NEW: pg_sys::BlockNumber = pg_sys::InvalidBlockNumber;
+        Self::read(rel, P_NEW)
+    }
+
+    /// Takes the content lock in share mode.
+    pub fn share(&self) -> Shared<'_> {
+        // SAFETY: the buffer is pinned as long as `self` lives.
+        unsafe { pg_sys::LockBuffer(self.buffer, pg_sys::BUFFER_LOCK_SHARE as i32) };
+        Shared { pin: self }
+    }
+
+    /// Takes the content lock in exclusive mode.
+    pub fn exclusive(&self) -> Exclusive<'_> {
+        // SAFETY: the buffer is pinned as long as `self` lives.
+        unsafe { pg_sys::LockBuffer(self.buffer, pg_sys::BUFFER_LOCK_EXCLUSIVE as i32) };
+        Exclusive { pin: self }
+    }
+
+    /// The buffer's number, for calls into PostgreSQL.
+    pub fn raw(&self) -> pg_sys::Buffer {
+        self.buffer
+    }
+
+    fn page(&self) -> *mut u8 {
+        // SAFETY: the buffer is pinned, so its page stays where it is.
+        unsafe { pg_sys::BufferGetPage(self.buffer).cast() }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            // SAFETY: the pin was taken by this guard and is released once. On unwinding, abort releases it.
+            unsafe { pg_sys::ReleaseBuffer(self.buffer) }
+        }
+    }
+}
+
+fn unlock(pin: &Pinned) {
+    if !std::thread::panicking() {
+        // SAFETY: the guard that calls this holds the content lock. On unwinding, abort releases it.
+        unsafe { pg_sys::LockBuffer(pin.buffer, pg_sys::BUFFER_LOCK_UNLOCK as i32) }
+    }
+}
+
+/// A page under a shared content lock.
+pub struct Shared<'a> {
+    pin: &'a Pinned,
+}
+
+impl Shared<'_> {
+    /// All `BLCKSZ` bytes of the page.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: pinned and share-locked; only hint bits of heap pages change under a share lock, and no store page has any.
+        unsafe { std::slice::from_raw_parts(self.pin.page(), BLCKSZ) }
+    }
+}
+
+impl Drop for Shared<'_> {
+    fn drop(&mut self) {
+        unlock(self.pin);
+    }
+}
+
+/// A page under an exclusive content lock. It is changed through [`crate::pg::wal`] only.
+pub struct Exclusive<'a> {
+    pin: &'a Pinned,
+}
+
+impl Exclusive<'_> {
+    /// All `BLCKSZ` bytes of the page.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: pinned and exclusively locked by this guard.
+        unsafe { std::slice::from_raw_parts(self.pin.page(), BLCKSZ) }
+    }
+
+    /// The buffer's number, for calls into PostgreSQL.
+    pub fn raw(&self) -> pg_sys::Buffer {
+        self.pin.buffer
+    }
+
+    /// The page, to be changed inside a critical section of [`crate::pg::wal`].
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: pinned and exclusively locked by this guard, which is borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.pin.page(), BLCKSZ) }
+    }
+}
+
+impl Drop for Exclusive<'_> {
+    fn drop(&mut self) {
+        unlock(self.pin);
+    }
+}
+
+/// True for a page that was appended and never written: all zeroes, which PostgreSQL takes for a free page.
+pub fn is_new(page: &[u8]) -> bool {
+    // pd_upper is zero on a new page and on no other (bufpage.h, PageIsNew).
+    let at = std::mem::offset_of!(pg_sys::PageHeaderData, pd_upper);
+    page[at] == 0 && page[at + 1] == 0
+}
+
+/// Writes a valid header for a page without a hole, so that generic WAL, `CREATE DATABASE` by WAL and the masks of
+/// `wal_consistency_checking` keep every byte: `pd_lower = pd_upper = pd_special = BLCKSZ`.
+pub fn init_page(page: &mut [u8]) {
+    assert_eq!(page.len(), BLCKSZ);
+    page.fill(0);
+    let end = (BLCKSZ as u16).to_ne_bytes();
+    for at in [
+        std::mem::offset_of!(pg_sys::PageHeaderData, pd_lower),
+        std::mem::offset_of!(pg_sys::PageHeaderData, pd_upper),
+        std::mem::offset_of!(pg_sys::PageHeaderData, pd_special),
+    ] {
+        page[at..at + 2].copy_from_slice(&end);
+    }
+    let at = std::mem::offset_of!(pg_sys::PageHeaderData, pd_pagesize_version);
+    let size_version = (BLCKSZ as u16) | pg_sys::PG_PAGE_LAYOUT_VERSION as u16;
+    page[at..at + 2].copy_from_slice(&size_version.to_ne_bytes());
+}

@@ -1,0 +1,18 @@
+//! Thin guards over `pg_sys`: the floor on which the rest of the extension stands.
+//!
+//! Duties: give buffers, WAL records, locks, relations and errors a shape that the floors above can use without
+//! `unsafe`. Invariant of every guard: its `Drop` releases the resource on the normal path only. While a panic
+//! unwinds (an ERROR raised by PostgreSQL travels through Rust frames as one) nothing here calls PostgreSQL:
+//! transaction abort releases pins (resource owner), content locks (`LWLockReleaseAll`), heavyweight locks and memory.
+
+pub mod buffer;
+pub mod error;
+pub mod identity;
+pub mod interrupt;
+pub mod memory;
+pub mod relation;
+pub mod snapshot;
+pub mod toast_index;
+pub mod tuple;
+pub mod varlena;
+pub mod wal;

@@ -1,0 +1,60 @@
+//! Changes to pages, logged. Two ways, as in DESIGN "WAL": small changes by generic WAL, freshly filled pages as full
+//! images by the core's own record, so that replay needs no code of this extension.
+
+use super::buffer::{Exclusive, init_page};
+use super::relation;
+use pgrx::pg_sys;
+
+/// A generic WAL record under construction: up to four pages that change together or not at all.
+///
+/// Dropping it without [`GenericRecord::finish`] leaves the pages as they were: changes go to copies until then.
+pub struct GenericRecord {
+    state: *mut pg_sys::GenericXLogState,
+}
+
+impl GenericRecord {
+    /// Starts a record for pages of `rel`. For an unlogged or temporary relation the same calls apply the change unlogged.
+    pub fn start(rel: pg_sys::Relation) -> GenericRecord {
+        // SAFETY: `rel` is an open relation; the state lives in the current memory context.
+        let state = unsafe { pg_sys::GenericXLogStart(rel) };
+        GenericRecord { state }
+    }
+
+    /// Registers a page and returns the copy to change. `fresh`: the page is new, log it whole.
+    pub fn page<'r>(&'r self, page: &'r Exclusive<'_>, fresh: bool) -> &'r mut [u8] {
+        let flags = if fresh { pg_sys::GENERIC_XLOG_FULL_IMAGE as i32 } else { 0 };
+        // SAFETY: the buffer is exclusively locked for as long as the returned borrow lives. Each registered page has
+        // its own copy inside the state, so two borrows never alias (PostgreSQL returns the same copy only for the same
+        // buffer, and `page` is borrowed by then).
+        unsafe {
+            let copy = pg_sys::GenericXLogRegisterBuffer(self.state, page.raw(), flags);
+            std::slice::from_raw_parts_mut(copy.cast::<u8>(), super::buffer::BLCKSZ)
+        }
+    }
+
+    /// Applies the changes to the buffers and writes the record, in one critical section.
+    pub fn finish(self) {
+        // SAFETY: the registered buffers are still locked: `page` borrows their guards for the record's life.
+        unsafe { pg_sys::GenericXLogFinish(self.state) };
+    }
+}
+
+/// Fills a new page by `fill`, and logs it as a full image (`log_newpage_buffer`) where the relation needs WAL.
+pub fn write_new_page(rel: pg_sys::Relation, page: &mut Exclusive<'_>, fill: impl FnOnce(&mut [u8])) {
+    let logged = relation::needs_wal(rel);
+    let buffer = page.raw();
+    // SAFETY: a critical section as START_CRIT_SECTION makes it: no ERROR may leave it, and nothing between the two
+    // counts can raise one short of a PANIC (`fill` copies bytes whose bounds were checked before).
+    unsafe {
+        pg_sys::CritSectionCount += 1;
+        let bytes = page.bytes_mut();
+        init_page(bytes);
+        fill(bytes);
+        pg_sys::MarkBufferDirty(buffer);
+        if logged {
+            // Not page_std: the page has no hole, and a full image is wanted.
+            pg_sys::log_newpage_buffer(buffer, false);
+        }
+        pg_sys::CritSectionCount -= 1;
+    }
+}

@@ -1,0 +1,354 @@
+//! Page formats of the block store: metapage, map pages, locators. See `README.md` beside this file for the diagrams.
+//!
+//! Structs are read from and written to page bytes by copy, so nothing depends on a page's alignment in memory. Magic and
+//! version come first; fields that a later version retires keep their place and name.
+
+use crate::pg::buffer::{PAGE_BYTES, PAGE_HEADER};
+
+/// 'TSRA', the first bytes of a metapage behind the page header.
+pub const META_MAGIC: u32 = u32::from_le_bytes(*b"TSRA");
+/// 'TSMP', a map page.
+pub const MAP_MAGIC: u32 = u32::from_le_bytes(*b"TSMP");
+/// 'TSLC', a page of locators.
+pub const LOCATOR_MAGIC: u32 = u32::from_le_bytes(*b"TSLC");
+/// Version that this library writes. It reads this one and all before it.
+pub const FORMAT_VERSION: u16 = 1;
+
+/// Pages at the start of a store: the metapage and the first map and locator pages.
+pub const HEAD_PAGES: u32 = 8;
+/// 8 kB pages of one tensor page: eight blocks of 64 kB with their headers, packed by bytes across page boundaries.
+pub const EXTENT_PAGES: u32 = 65;
+/// Payload bytes of one tensor page.
+pub const EXTENT_BYTES: u64 = EXTENT_PAGES as u64 * PAGE_BYTES as u64;
+/// Map entries of one map page.
+pub const MAP_FANOUT: u32 = ((PAGE_BYTES - MAP_HEADER) / 4) as u32;
+/// Locators of one locator page.
+pub const LOCATORS: u32 = ((PAGE_BYTES - MAP_HEADER) / LOCATOR_BYTES) as u32;
+/// Root entries of the metapage: enough for 2^32 block ids.
+pub const ROOTS: usize = 16;
+/// Bytes of magic, level and padding before the entries of a map or locator page.
+pub const MAP_HEADER: usize = 8;
+/// Bytes of one locator.
+pub const LOCATOR_BYTES: usize = 64;
+
+const _: () = assert!(std::mem::size_of::<Meta>() == 168 && std::mem::size_of::<Locator>() == LOCATOR_BYTES);
+const _: () = assert!(ROOTS as u64 * MAP_FANOUT as u64 * MAP_FANOUT as u64 * LOCATORS as u64 >= 1 << 32);
+
+/// The metapage's content, behind the page header.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Meta {
+    /// [`META_MAGIC`].
+    pub magic: u32,
+    /// [`FORMAT_VERSION`] of the library that made the store.
+    pub version: u16,
+    /// None are defined; zero.
+    pub flags: u16,
+    /// Random key of this store: chunk ids are hashes keyed with it, so that collisions cannot be ground.
+    pub hash_key: [u8; 32],
+    /// The id that the next block gets. Ids only grow and skip 0.
+    pub next_block_id: u32,
+    /// Extents handed out so far, as tensor pages or as map extents.
+    pub next_extent: u32,
+    /// Extent into which payloads go; meaningful once `fill_used` is above 0.
+    pub fill_extent: u32,
+    /// Bytes used of that extent.
+    pub fill_used: u32,
+    /// Next free page for maps and locators.
+    pub map_next: u32,
+    /// One past the last page set aside for maps and locators.
+    pub map_end: u32,
+    /// Blocks that have a locator.
+    pub stored_blocks: u64,
+    /// Their stored bytes.
+    pub stored_bytes: u64,
+    /// Upper map pages, 0 where there is none.
+    pub roots: [u32; ROOTS],
+    /// For later versions; zero.
+    pub reserved: [u32; 6],
+}
+
+/// Where a block's payload is, and what it is.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Locator {
+    /// BLAKE3 of the decompressed bytes: the block's identity.
+    pub hash: [u8; 32],
+    /// Page of the payload's first byte.
+    pub page: u32,
+    /// Offset of that byte behind the page's header.
+    pub offset: u32,
+    /// Stored bytes (low 30 bits) and compression method, as `va_extinfo`. 0: no such block.
+    pub ext_info: u32,
+    /// Bytes of the value without its header, decompressed.
+    pub raw_len: u32,
+    /// Counts moves of the payload: who copies re-reads it and tries again if it changed.
+    pub version: u32,
+    /// Padding; zero.
+    pub reserved: u32,
+    /// Full transaction id since which no row references the block; 0: not condemned.
+    pub condemn_xid: u64,
+}
+
+impl Meta {
+    /// The content of a new store's metapage.
+    pub fn new(hash_key: [u8; 32]) -> Meta {
+        Meta {
+            magic: META_MAGIC,
+            version: FORMAT_VERSION,
+            flags: 0,
+            hash_key,
+            next_block_id: 1,
+            next_extent: 0,
+            fill_extent: 0,
+            fill_used: 0,
+            map_next: 1,
+            map_end: HEAD_PAGES,
+            stored_blocks: 0,
+            stored_bytes: 0,
+            roots: [0; ROOTS],
+            reserved: [0; 6],
+        }
+    }
+
+    /// Reads a metapage. `Err` says what is wrong with it.
+    pub fn read(page: &[u8]) -> Result<Meta, FormatError> {
+        let mut r = Reader(&page[PAGE_HEADER..]);
+        let meta = Meta {
+            magic: r.u32(),
+            version: r.u16(),
+            flags: r.u16(),
+            hash_key: r.array(),
+            next_block_id: r.u32(),
+            next_extent: r.u32(),
+            fill_extent: r.u32(),
+            fill_used: r.u32(),
+            map_next: r.u32(),
+            map_end: r.u32(),
+            stored_blocks: r.u64(),
+            stored_bytes: r.u64(),
+            roots: std::array::from_fn(|_| r.u32()),
+            reserved: std::array::from_fn(|_| r.u32()),
+        };
+        if meta.magic != META_MAGIC {
+            return Err(FormatError::Magic { found: meta.magic, expected: META_MAGIC });
+        }
+        if meta.version == 0 || meta.version > FORMAT_VERSION {
+            return Err(FormatError::Newer { found: meta.version });
+        }
+        Ok(meta)
+    }
+
+    /// Writes the content behind the page header.
+    pub fn write(&self, page: &mut [u8]) {
+        let mut w = Writer(&mut page[PAGE_HEADER..]);
+        w.put(&self.magic.to_le_bytes());
+        w.put(&self.version.to_le_bytes());
+        w.put(&self.flags.to_le_bytes());
+        w.put(&self.hash_key);
+        for v in [
+            self.next_block_id,
+            self.next_extent,
+            self.fill_extent,
+            self.fill_used,
+            self.map_next,
+            self.map_end,
+        ] {
+            w.put(&v.to_le_bytes());
+        }
+        w.put(&self.stored_blocks.to_le_bytes());
+        w.put(&self.stored_bytes.to_le_bytes());
+        for v in self.roots.iter().chain(&self.reserved) {
+            w.put(&v.to_le_bytes());
+        }
+    }
+}
+
+impl Locator {
+    /// Stored bytes of the payload; 0 where there is no block.
+    pub fn stored_len(&self) -> u32 {
+        self.ext_info & ((1 << 30) - 1)
+    }
+
+    /// Reads locator `slot` of a locator page.
+    pub fn read(page: &[u8], slot: u32) -> Locator {
+        let at = PAGE_HEADER + MAP_HEADER + slot as usize * LOCATOR_BYTES;
+        let mut r = Reader(&page[at..at + LOCATOR_BYTES]);
+        Locator {
+            hash: r.array(),
+            page: r.u32(),
+            offset: r.u32(),
+            ext_info: r.u32(),
+            raw_len: r.u32(),
+            version: r.u32(),
+            reserved: r.u32(),
+            condemn_xid: r.u64(),
+        }
+    }
+
+    /// Writes locator `slot` of a locator page.
+    pub fn write(&self, page: &mut [u8], slot: u32) {
+        let at = PAGE_HEADER + MAP_HEADER + slot as usize * LOCATOR_BYTES;
+        let mut w = Writer(&mut page[at..at + LOCATOR_BYTES]);
+        w.put(&self.hash);
+        for v in [self.page, self.offset, self.ext_info, self.raw_len, self.version, self.reserved] {
+            w.put(&v.to_le_bytes());
+        }
+        w.put(&self.condemn_xid.to_le_bytes());
+    }
+}
+
+/// The way from the metapage to a block's locator: indexes at each level of the radix tree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Path {
+    /// Entry of the metapage's roots.
+    pub root: u32,
+    /// Entry of the upper map page.
+    pub upper: u32,
+    /// Entry of the lower map page.
+    pub lower: u32,
+    /// Locator of the locator page.
+    pub slot: u32,
+}
+
+impl Path {
+    /// The path of a block id.
+    pub fn of(block_id: u32) -> Path {
+        let leaf = block_id / LOCATORS;
+        let lower_page = leaf / MAP_FANOUT;
+        Path {
+            root: lower_page / MAP_FANOUT,
+            upper: lower_page % MAP_FANOUT,
+            lower: leaf % MAP_FANOUT,
+            slot: block_id % LOCATORS,
+        }
+    }
+}
+
+/// Writes magic and level of a map or locator page.
+pub fn write_map_header(page: &mut [u8], magic: u32, level: u16) {
+    page[PAGE_HEADER..PAGE_HEADER + 4].copy_from_slice(&magic.to_le_bytes());
+    page[PAGE_HEADER + 4..PAGE_HEADER + 6].copy_from_slice(&level.to_le_bytes());
+}
+
+/// Checks magic and level of a map or locator page.
+pub fn check_map_header(page: &[u8], magic: u32, level: u16) -> Result<(), FormatError> {
+    let mut r = Reader(&page[PAGE_HEADER..]);
+    let (found, found_level) = (r.u32(), r.u16());
+    if found != magic || found_level != level {
+        return Err(FormatError::Magic { found, expected: magic });
+    }
+    Ok(())
+}
+
+/// Reads entry `at` of a map page: a page number, 0 where there is none.
+pub fn map_entry(page: &[u8], at: u32) -> u32 {
+    let at = PAGE_HEADER + MAP_HEADER + at as usize * 4;
+    u32::from_le_bytes(page[at..at + 4].try_into().expect("four bytes"))
+}
+
+/// Writes entry `at` of a map page.
+pub fn set_map_entry(page: &mut [u8], at: u32, value: u32) {
+    let at = PAGE_HEADER + MAP_HEADER + at as usize * 4;
+    page[at..at + 4].copy_from_slice(&value.to_le_bytes());
+}
+
+/// First page of an extent.
+pub fn extent_start(extent: u32) -> u64 {
+    HEAD_PAGES as u64 + extent as u64 * EXTENT_PAGES as u64
+}
+
+/// What is wrong with a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FormatError {
+    /// Not the kind of page that was expected.
+    Magic { found: u32, expected: u32 },
+    /// Written by a newer library.
+    Newer { found: u16 },
+}
+
+struct Reader<'a>(&'a [u8]);
+
+impl Reader<'_> {
+    fn array<const N: usize>(&mut self) -> [u8; N] {
+        let (head, tail) = self.0.split_at(N);
+        self.0 = tail;
+        head.try_into().expect("split at N")
+    }
+    fn u16(&mut self) -> u16 {
+        u16::from_le_bytes(self.array())
+    }
+    fn u32(&mut self) -> u32 {
+        u32::from_le_bytes(self.array())
+    }
+    fn u64(&mut self) -> u64 {
+        u64::from_le_bytes(self.array())
+    }
+}
+
+struct Writer<'a>(&'a mut [u8]);
+
+impl Writer<'_> {
+    fn put(&mut self, bytes: &[u8]) {
+        let (head, tail) = std::mem::take(&mut self.0).split_at_mut(bytes.len());
+        head.copy_from_slice(bytes);
+        self.0 = tail;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pg::buffer::BLCKSZ;
+
+    #[test]
+    fn a_metapage_reads_back() {
+        let mut page = vec![0u8; BLCKSZ];
+        let mut meta = Meta::new([9; 32]);
+        meta.roots[15] = 77;
+        meta.stored_bytes = u64::MAX - 3;
+        meta.fill_used = 12;
+        meta.write(&mut page);
+        assert_eq!(Meta::read(&page), Ok(meta));
+    }
+
+    #[test]
+    fn a_newer_metapage_is_refused() {
+        let mut page = vec![0u8; BLCKSZ];
+        let mut meta = Meta::new([0; 32]);
+        meta.version = FORMAT_VERSION + 1;
+        meta.write(&mut page);
+        assert_eq!(Meta::read(&page), Err(FormatError::Newer { found: FORMAT_VERSION + 1 }));
+    }
+
+    #[test]
+    fn locators_do_not_touch_their_neighbours() {
+        let mut page = vec![0u8; BLCKSZ];
+        let locator = |n: u32| Locator {
+            hash: [n as u8; 32],
+            page: n,
+            offset: n + 1,
+            ext_info: n + 2,
+            raw_len: n + 3,
+            version: n + 4,
+            reserved: 0,
+            condemn_xid: u64::from(n) << 40,
+        };
+        for slot in 0..LOCATORS {
+            locator(slot).write(&mut page, slot);
+        }
+        for slot in 0..LOCATORS {
+            assert_eq!(Locator::read(&page, slot), locator(slot));
+        }
+    }
+
+    #[test]
+    fn paths_are_unique_and_in_range() {
+        let mut seen = std::collections::HashSet::new();
+        for id in [1, 126, 127, 128, LOCATORS * MAP_FANOUT - 1, LOCATORS * MAP_FANOUT, u32::MAX - 1, u32::MAX] {
+            let p = Path::of(id);
+            assert!((p.root as usize) < ROOTS && p.upper < MAP_FANOUT && p.lower < MAP_FANOUT && p.slot < LOCATORS);
+            assert!(seen.insert((p.root, p.upper, p.lower, p.slot)), "{id}");
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! The block store: immutable, content-addressed payloads in the TOAST relation of a `tensor_block` table.
+//!
+//! Duties: give equal content one block id, keep payloads in tensor pages, find them again by id. The formats are in
+//! [`format`] and drawn in `README.md`.
+//!
+//! Invariants: (1) a directory entry's locator is complete, and a locator's payload is complete, because they are logged
+//! in the order payload, locator, directory entry, and WAL is replayed in order; (2) block ids only grow and are never
+//! reused; (3) what a crash or an ERROR between two steps leaves behind is unreachable space, never a wrong answer.
+//!
+//! Lock order: hash lock (heavyweight, one at a time) -> extension lock -> nothing; hash lock -> metapage -> upper map
+//! page -> lower map page -> locator page, by content locks. Payload pages are locked alone. No heavyweight lock is
+//! waited for under a content lock.
+
+pub mod directory;
+pub mod format;
+pub mod locators;
+pub mod payload;
+pub mod reserve;
+
+use crate::pg::relation::{OpenRelation, PageLock};
+use crate::pg::toast_index::ToastIndexes;
+use crate::pg::varlena::StandIn;
+use crate::pg::{error, relation};
+use format::Locator;
+use pgrx::pg_sys;
+use pgrx::prelude::*;
+use std::borrow::Cow;
+
+/// BLAKE3 of a value's decompressed bytes.
+pub type Hash = [u8; 32];
+
+/// What a payload looks like in the store: bytes behind a varlena's four-byte header, and their compression method
+/// (`InvalidCompressionId` is told by `stored.len() == raw_len`, as in a TOAST pointer).
+pub struct Payload<'a> {
+    /// The bytes to store.
+    pub stored: Cow<'a, [u8]>,
+    /// Compression method id; 0 for none, which is told from pglz by the length.
+    pub method: u32,
+}
+
+/// A block store that is open for writing.
+pub struct Store {
+    rel: OpenRelation,
+    indexes: ToastIndexes,
+    key: [u8; 32],
+}
+
+impl Store {
+    /// Opens the store `toast_oid` for writing, and makes its metapage if it has none. Locks on the relation and its
+    /// indexes last until the transaction ends, so that neither can be swapped while references to them are fresh.
+    pub fn open_for_write(toast_oid: pg_sys::Oid) -> Store {
+        let rel = OpenRelation::table(toast_oid, pg_sys::RowExclusiveLock);
+        let indexes = ToastIndexes::open(rel.raw(), pg_sys::RowExclusiveLock);
+        let key = locators::ensure_meta(rel.raw()).hash_key;
+        Store { rel, indexes, key }
+    }
+
+    /// The relation's oid.
+    pub fn oid(&self) -> pg_sys::Oid {
+        // SAFETY: open relation.
+        unsafe { (*self.rel.raw()).rd_id }
+    }
+
+    /// The block with this content, stored now if it is new. `make` gives the payload and is called only then.
+    ///
+    /// Concurrent callers with equal content wait for each other by a heavyweight lock on the hash, so that content is
+    /// stored once; the lock ends with this call, since blocks belong to no transaction: an aborted one leaves a block
+    /// that the next insertion of that content finds.
+    pub fn put<'a>(&self, hash: &Hash, raw_len: u32, make: impl FnOnce() -> Payload<'a>) -> StandIn {
+        let chunk_id = directory::chunk_id(&self.key, hash);
+        if let Some(found) = self.find(chunk_id, hash, raw_len) {
+            return found;
+        }
+        let _lock = PageLock::exclusive(self.rel.raw(), chunk_id & 0x7fff_ffff);
+        if let Some(found) = self.find(chunk_id, hash, raw_len) {
+            return found;
+        }
+        let payload = make();
+        let ext_info = payload.stored.len() as u32 | payload.method << 30;
+        let at = locators::reserve(self.rel.raw(), payload.stored.len() as u32);
+        payload::write(self.rel.raw(), at.page, at.offset, &payload.stored);
+        let locator = Locator {
+            hash: *hash,
+            page: at.page,
+            offset: at.offset,
+            ext_info,
+            raw_len,
+            version: 1,
+            reserved: 0,
+            condemn_xid: 0,
+        };
+        locators::write(self.rel.raw(), at.block_id, &locator);
+        self.indexes.insert(chunk_id, at.block_id, directory::tid_of(at.block_id));
+        StandIn { raw_len, block_id: at.block_id, ext_info }
+    }
+
+    /// True if the block is there with this size: a reference to it may be stored again.
+    pub fn holds(&self, reference: &StandIn) -> bool {
+        locators::find(self.rel.raw(), reference.block_id)
+            .is_some_and(|l| l.ext_info == reference.ext_info && l.raw_len == reference.raw_len)
+    }
+
+    fn find(&self, chunk_id: u32, hash: &Hash, raw_len: u32) -> Option<StandIn> {
+        self.indexes.find(chunk_id, |tid| {
+            let block_id = directory::block_id_of(tid);
+            let locator = locators::find(self.rel.raw(), block_id)?;
+            (locator.hash == *hash && locator.raw_len == raw_len).then_some(StandIn {
+                raw_len,
+                block_id,
+                ext_info: locator.ext_info,
+            })
+        })
+    }
+}
+
+/// Copies stored bytes `offset ..` of block `block_id` into `out`.
+///
+/// `stored_len` is what the reference says of the block; an ERROR is raised if the store disagrees or has no such block,
+/// so that a stale reference fails cleanly and never shows another tensor.
+pub fn fetch(rel: pg_sys::Relation, block_id: u32, stored_len: u32, offset: u32, out: &mut [u8]) {
+    if out.is_empty() {
+        return;
+    }
+    loop {
+        let Some(locator) = locators::find(rel, block_id) else { no_such_block(rel, block_id) };
+        let end = u64::from(offset) + out.len() as u64;
+        if locator.stored_len() != stored_len || end > u64::from(stored_len) {
+            error::raise(
+                PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
+                format!("block {block_id} has {} bytes where a row expects {stored_len}", locator.stored_len()),
+                &format!("Bytes {offset} to {end} were asked for."),
+                "The table is damaged; restore it from a backup.",
+            );
+        }
+        let start = u64::from(locator.offset) + u64::from(offset);
+        payload::read(rel, locator.page, start, out);
+        // A block may be moved when pages are packed anew: what was copied counts only if the locator still says so.
+        if locators::find(rel, block_id).is_some_and(|now| now.version == locator.version) {
+            return;
+        }
+    }
+}
+
+fn no_such_block(rel: pg_sys::Relation, block_id: u32) -> ! {
+    // SAFETY: open relation.
+    let oid = unsafe { (*rel).rd_id };
+    error::raise(
+        PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
+        format!("no block {block_id} in block store {}", oid.to_u32()),
+        "The reference is stale, or the store is damaged.",
+        "If a row of a table says this, restore the table from a backup.",
+    )
+}
+
+/// Counts of a store, from its metapage: `(blocks, bytes, pages)`. A store of no pages is legal and empty.
+pub fn totals(rel: pg_sys::Relation) -> (u64, u64, u32) {
+    let pages = relation::pages(rel);
+    match locators::read_meta(rel) {
+        Some(meta) => (meta.stored_blocks, meta.stored_bytes, pages),
+        None => (0, 0, pages),
+    }
+}
+
+/// Calls `f` with every block that the store has, in the order of ids.
+pub fn for_each_block(rel: pg_sys::Relation, f: impl FnMut(u32, &Locator)) {
+    locators::for_each(rel, f);
+}
+

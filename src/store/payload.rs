@@ -1,0 +1,96 @@
+//! Payload bytes: runs of pages whose 8,168 bytes behind the header follow each other without gaps.
+
+use crate::pg::buffer::{PAGE_BYTES, PAGE_HEADER, Pinned, is_new};
+use crate::pg::wal::{GenericRecord, write_new_page};
+use crate::pg::{error, interrupt};
+use pgrx::pg_sys;
+use pgrx::prelude::*;
+
+/// Pages between two looks at pending interrupts: 512 kB, well below a millisecond.
+const PAGES_PER_CHECK: usize = 64;
+
+/// Splits `len` bytes at `offset` behind the header of `page` into runs within pages: `(page, offset in page, range)`.
+fn pieces(page: u32, offset: u64, len: usize) -> impl Iterator<Item = (u32, usize, std::ops::Range<usize>)> {
+    let mut done = 0usize;
+    std::iter::from_fn(move || {
+        if done == len {
+            return None;
+        }
+        let at = offset + done as u64;
+        let in_page = (at % PAGE_BYTES as u64) as usize;
+        let n = (PAGE_BYTES - in_page).min(len - done);
+        let range = done..done + n;
+        done += n;
+        Some((page + (at / PAGE_BYTES as u64) as u32, in_page, range))
+    })
+}
+
+/// Writes a payload to space that was reserved for it and that the file already has.
+///
+/// A page that nobody has written yet is logged as a full image; a page that holds the end of the block before is changed
+/// by generic WAL. Neighbours write to the same page under its exclusive lock, each only its own bytes.
+pub fn write(rel: pg_sys::Relation, page: u32, offset: u32, bytes: &[u8]) {
+    for (i, (page, at, range)) in pieces(page, u64::from(offset), bytes.len()).enumerate() {
+        if i % PAGES_PER_CHECK == PAGES_PER_CHECK - 1 {
+            interrupt::check();
+        }
+        let (from, to) = (PAGE_HEADER + at, PAGE_HEADER + at + range.len());
+        let pin = Pinned::read(rel, page);
+        let mut locked = pin.exclusive();
+        if is_new(locked.bytes()) {
+            write_new_page(rel, &mut locked, |p| p[from..to].copy_from_slice(&bytes[range]));
+        } else {
+            let record = GenericRecord::start(rel);
+            record.page(&locked, false)[from..to].copy_from_slice(&bytes[range]);
+            record.finish();
+        }
+    }
+}
+
+/// Reads `out.len()` bytes from `offset` behind the header of `page` (the offset may lie pages further).
+pub fn read(rel: pg_sys::Relation, page: u32, offset: u64, out: &mut [u8]) {
+    let last = page as u64 + (offset + out.len() as u64 - 1) / PAGE_BYTES as u64;
+    let first = page as u64 + offset / PAGE_BYTES as u64;
+    for ahead in first + 1..=last.min(first + PAGES_PER_CHECK as u64) {
+        // SAFETY: `rel` is open; a prefetch past the end is ignored.
+        unsafe { pg_sys::PrefetchBuffer(rel, pg_sys::ForkNumber::MAIN_FORKNUM, ahead as u32) };
+    }
+    for (i, (page, at, range)) in pieces(page, offset, out.len()).enumerate() {
+        if i % PAGES_PER_CHECK == PAGES_PER_CHECK - 1 {
+            interrupt::check();
+        }
+        let pin = Pinned::read(rel, page);
+        let locked = pin.share();
+        if is_new(locked.bytes()) {
+            error::raise(
+                PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
+                format!("page {page} of a block store is empty where a block should be"),
+                "",
+                "The table is damaged; restore it from a backup.",
+            );
+        }
+        let (from, to) = (PAGE_HEADER + at, PAGE_HEADER + at + range.len());
+        out[range].copy_from_slice(&locked.bytes()[from..to]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_cover_every_byte_once_and_cross_pages() {
+        for (offset, len) in [(0u64, 1usize), (8167, 2), (8, 65548), (9000, 10), (0, PAGE_BYTES * 3)] {
+            let mut next = 0;
+            let mut position = offset;
+            for (page, at, range) in pieces(10, offset, len) {
+                assert_eq!(range.start, next);
+                assert_eq!((page as u64 - 10) * PAGE_BYTES as u64 + at as u64, position);
+                assert!(at + range.len() <= PAGE_BYTES);
+                position += range.len() as u64;
+                next = range.end;
+            }
+            assert_eq!(next, len);
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! What of a row goes to the block store, and the row that is left.
+//!
+//! In place of heapam's toaster (heaptoast.c): `tensor_block` values above 24 bytes always go to the store, so that equal
+//! blocks are stored once whatever the row's width; other values, largest first, while the row is above heap's threshold.
+//! After that heapam's own toaster finds nothing to do: what is left above 24 bytes has storage PLAIN.
+
+use crate::pg::tuple::attribute;
+use crate::pg::varlena::{self, INLINE_BYTES, StandIn, VARHDRSZ};
+use crate::store::{Payload, Store};
+use pgrx::pg_sys;
+use std::borrow::Cow;
+
+/// `TOAST_TUPLE_THRESHOLD` of 8 kB pages (heaptoast.h): a quarter of a page.
+const ROW_THRESHOLD: usize = 2032;
+/// `SizeofHeapTupleHeader`.
+const ROW_HEADER: usize = std::mem::offset_of!(pg_sys::HeapTupleHeaderData, t_bits);
+
+/// Turns rows of one table into the form in which they are stored.
+pub struct Toaster {
+    rel: pg_sys::Relation,
+    desc: pg_sys::TupleDesc,
+    block_type: pg_sys::Oid,
+    store: Option<Store>,
+}
+
+impl Toaster {
+    /// A toaster for rows of the open table `rel`.
+    pub fn new(rel: pg_sys::Relation) -> Toaster {
+        // SAFETY: `rel` is open; the handler of its access method lives in the extension's schema.
+        let (desc, block_type) = unsafe { ((*rel).rd_att, block_type_beside((*rel).rd_amhandler)) };
+        Toaster { rel, desc, block_type, store: None }
+    }
+
+    /// Forms the row of `values` and `isnull`, with stand-ins for what went to the store. Allocates in the current memory
+    /// context, which the caller empties.
+    ///
+    /// # Safety
+    /// The arrays have a valid value for each column of the table's descriptor.
+    pub unsafe fn form(
+        &mut self,
+        values: *const pg_sys::Datum,
+        isnull: *const bool,
+    ) -> pg_sys::HeapTuple {
+        // SAFETY: by the contract; each non-null varlena column's datum points at a varlena.
+        unsafe {
+            let natts = (*self.desc).natts as usize;
+            let mut values = std::slice::from_raw_parts(values, natts).to_vec();
+            let isnull = std::slice::from_raw_parts(isnull, natts);
+            let desc = self.desc;
+            let varlena = |i: usize| {
+                let att = attribute(desc, i);
+                !isnull[i] && (*att).attlen == -1 && !(*att).attisdropped
+            };
+
+            for i in (0..natts).filter(|&i| varlena(i)) {
+                let datum = values[i].cast_mut_ptr::<pg_sys::varlena>();
+                if varlena::is_external(datum) {
+                    values[i] = self.take_in(datum);
+                }
+                let att = attribute(desc, i);
+                if (*att).atttypid == self.block_type && leaves_last(att).is_some() {
+                    values[i] = self.to_store(values[i], att);
+                }
+            }
+
+            // Others by size: first those with storage EXTENDED and EXTERNAL, then MAIN.
+            for main in [false, true] {
+                while self.row_bytes(&mut values, isnull) > ROW_THRESHOLD {
+                    let widest = (0..natts)
+                        .filter(|&i| varlena(i) && leaves_last(attribute(desc, i)) == Some(main))
+                        .map(|i| (varlena::size_in_row(values[i].cast_mut_ptr()), i))
+                        .max();
+                    let Some((size, i)) = widest else { break };
+                    if size <= INLINE_BYTES || self.store().is_none() {
+                        break;
+                    }
+                    values[i] = self.to_store(values[i], attribute(desc, i));
+                }
+            }
+
+            let mut isnull = isnull.to_vec();
+            let tuple = pg_sys::heap_form_tuple(self.desc, values.as_mut_ptr(), isnull.as_mut_ptr());
+            (*tuple).t_tableOid = (*self.rel).rd_id;
+            tuple
+        }
+    }
+
+    /// A TOAST pointer as it may stand in a row of this table: a stand-in if its payload is in this table's store
+    /// already, else the value itself.
+    unsafe fn take_in(&mut self, datum: *mut pg_sys::varlena) -> pg_sys::Datum {
+        // SAFETY: `datum` is a TOAST pointer of some kind.
+        unsafe {
+            if let Some((reference, store)) = varlena::toast_pointer(datum)
+                && store == (*(*self.rel).rd_rel).reltoastrelid
+                && self.store().is_some_and(|s| s.holds(&reference))
+            {
+                return copy_to_context(&reference.to_bytes());
+            }
+            pg_sys::Datum::from(pg_sys::detoast_external_attr(datum))
+        }
+    }
+
+    /// Moves a value to the store and returns its stand-in. Values up to 24 bytes, and tables without a store, keep it.
+    unsafe fn to_store(&mut self, value: pg_sys::Datum, att: *const pg_sys::FormData_pg_attribute) -> pg_sys::Datum {
+        // SAFETY: `value` points at a varlena that is no TOAST pointer (`take_in` saw to that), and `att` describes it.
+        unsafe {
+            let datum = value.cast_mut_ptr::<pg_sys::varlena>();
+            if varlena::size_in_row(datum) <= INLINE_BYTES || StandIn::read(datum).is_some() {
+                return value;
+            }
+            let Some(store) = self.store() else { return value };
+            // The hash is of the decompressed bytes, so that equal values meet whatever form they come in.
+            let plain = pg_sys::detoast_attr(datum);
+            let raw = varlena::payload(plain);
+            let hash = *blake3::hash(raw).as_bytes();
+            let stand_in = store.put(&hash, raw.len() as u32, || payload_of(datum, plain, raw, att));
+            copy_to_context(&stand_in.to_bytes())
+        }
+    }
+
+    /// Bytes of the row that the values would make.
+    unsafe fn row_bytes(&self, values: &mut [pg_sys::Datum], isnull: &[bool]) -> usize {
+        // SAFETY: the arrays have a valid value for each column.
+        unsafe {
+            let bitmap = if isnull.contains(&true) { isnull.len().div_ceil(8) } else { 0 };
+            let header = (ROW_HEADER + bitmap).next_multiple_of(8);
+            header + pg_sys::heap_compute_data_size(self.desc, values.as_mut_ptr(), isnull.as_ptr().cast_mut())
+        }
+    }
+
+    fn store(&mut self) -> Option<&Store> {
+        if self.store.is_none() {
+            // SAFETY: open relation.
+            let oid = unsafe { (*(*self.rel).rd_rel).reltoastrelid };
+            if oid == pg_sys::InvalidOid {
+                return None;
+            }
+            self.store = Some(Store::open_for_write(oid));
+        }
+        self.store.as_ref()
+    }
+}
+
+/// The form in which a value goes to the store: compressed where its storage asks for it and it pays, else as it is.
+unsafe fn payload_of<'a>(
+    datum: *mut pg_sys::varlena,
+    plain: *mut pg_sys::varlena,
+    raw: &'a [u8],
+    att: *const pg_sys::FormData_pg_attribute,
+) -> Payload<'a> {
+    // SAFETY: `plain` is the decompressed form of `datum`, `raw` its bytes, `att` the column's description.
+    unsafe {
+        if (*att).attstorage != pg_sys::TYPSTORAGE_EXTERNAL as std::ffi::c_char {
+            let compressed = if varlena::is_compressed(datum) {
+                datum
+            } else {
+                pg_sys::ffi::pg_guard_ffi_boundary(|| {
+                    toast_compress_datum(pg_sys::Datum::from(plain), (*att).attcompression)
+                })
+                .cast_mut_ptr()
+            };
+            if !compressed.is_null() {
+                // Behind the four-byte header: the word with raw size and method, then the data. So does core TOAST.
+                let len = varlena::size_in_row(compressed) - VARHDRSZ;
+                let bytes = std::slice::from_raw_parts(compressed.cast::<u8>().add(VARHDRSZ), len);
+                let info = u32::from_ne_bytes(bytes[..4].try_into().expect("a compressed value has this word"));
+                if len < raw.len() {
+                    return Payload { stored: Cow::Borrowed(bytes), method: info >> 30 };
+                }
+            }
+        }
+        Payload { stored: Cow::Borrowed(raw), method: 0 }
+    }
+}
+
+/// Storage of a column whose values may leave the row: `Some(true)` for MAIN, which leave last, `None` for PLAIN.
+unsafe fn leaves_last(att: *const pg_sys::FormData_pg_attribute) -> Option<bool> {
+    // SAFETY: `att` describes a column.
+    match unsafe { (*att).attstorage } as u8 {
+        pg_sys::TYPSTORAGE_PLAIN => None,
+        pg_sys::TYPSTORAGE_MAIN => Some(true),
+        _ => Some(false),
+    }
+}
+
+/// A copy in the current memory context, as a datum.
+fn copy_to_context(bytes: &[u8]) -> pg_sys::Datum {
+    // SAFETY: palloc raises an ERROR rather than return null; the copy fits.
+    unsafe {
+        let copy = pg_sys::palloc(bytes.len()).cast::<u8>();
+        std::ptr::copy_nonoverlapping(bytes.as_ptr(), copy, bytes.len());
+        pg_sys::Datum::from(copy)
+    }
+}
+
+/// The type `tensor_block` in the schema of the access method's handler; invalid if it is not there (yet).
+unsafe fn block_type_beside(handler: pg_sys::Oid) -> pg_sys::Oid {
+    // SAFETY: syscache look-ups in a transaction.
+    unsafe {
+        let schema = pg_sys::get_func_namespace(handler);
+        pg_sys::GetSysCacheOid(
+            pg_sys::SysCacheIdentifier::TYPENAMENSP as i32,
+            pg_sys::Anum_pg_type_oid as i16,
+            pg_sys::Datum::from(c"tensor_block".as_ptr()),
+            pg_sys::Datum::from(schema),
+            pg_sys::Datum::from(0),
+            pg_sys::Datum::from(0),
+        )
+    }
+}
+
+unsafe extern "C-unwind" {
+    // access/toast_internals.h, for which there is no binding. Returns 0 where compression does not pay.
+    fn toast_compress_datum(value: pg_sys::Datum, method: std::ffi::c_char) -> pg_sys::Datum;
+}
