@@ -9,6 +9,7 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$ROOT/target}
 export PGRX_HOME=${PGRX_HOME:-$ROOT/.pgrx}
+export PYTHONDONTWRITEBYTECODE=1
 export CARGO_PGRX_DISABLE_GC_SECTIONS_WORKAROUND=1 # else every dependency compiles twice
 export USER=${USER:-$(id -un)}                     # pgrx wants it
 TARGET=$CARGO_TARGET_DIR

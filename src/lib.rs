@@ -5,6 +5,8 @@
 
 use pgrx::prelude::*;
 
+mod catalog;
+mod functions;
 mod pg;
 mod store;
 mod table_am;
@@ -15,6 +17,11 @@ mod table_am;
 #[pg_guard]
 pub extern "C-unwind" fn _PG_init() {
     pg::snapshot::init();
+    functions::settings::init();
 }
 
-extension_sql_file!("../sql/access_method.sql", name = "access_method");
+extension_sql_file!("../sql/block_type.sql", name = "block_type", bootstrap);
+extension_sql_file!("../sql/access_method.sql", name = "access_method", requires = ["block_type"]);
+extension_sql_file!("../sql/catalog.sql", name = "catalog", requires = ["access_method"]);
+extension_sql_file!("../sql/functions.sql", name = "functions", requires = ["catalog"]);
+extension_sql_file!("../sql/views.sql", name = "views", requires = ["functions"], finalize);

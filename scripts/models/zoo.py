@@ -142,6 +142,7 @@ GENERATED = [
     Model("fraud_fc_512", rows("x", 28)),
     Model("fraud_fixed", rows("x", 28), batches=(4,)),
     Model("encoder_fc", rows("x", 76)),
+    Model("encoder_fc_tuned", rows("x", 76)),
     Model("cnn", image("x", 32, 32)),
     Model("lstm", sequence),
     Model("matmul_1024", rows("x", 1024)),

@@ -61,11 +61,6 @@ impl Pinned {
         Exclusive { pin: self }
     }
 
-    /// The buffer's number, for calls into PostgreSQL.
-    pub fn raw(&self) -> pg_sys::Buffer {
-        self.buffer
-    }
-
     fn page(&self) -> *mut u8 {
         // SAFETY: the buffer is pinned, so its page stays where it is.
         unsafe { pg_sys::BufferGetPage(self.buffer).cast() }

@@ -5,12 +5,17 @@
 //! unwinds (an ERROR raised by PostgreSQL travels through Rust frames as one) nothing here calls PostgreSQL:
 //! transaction abort releases pins (resource owner), content locks (`LWLockReleaseAll`), heavyweight locks and memory.
 
+pub mod array;
 pub mod buffer;
+pub mod compute;
 pub mod error;
+pub mod fmgr;
 pub mod identity;
 pub mod interrupt;
+pub mod large_object;
 pub mod memory;
 pub mod relation;
+pub mod scan;
 pub mod snapshot;
 pub mod toast_index;
 pub mod tuple;

@@ -26,8 +26,15 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::borrow::Cow;
 
-/// BLAKE3 of a value's decompressed bytes.
+/// Identity of a value's decompressed bytes: `tensor_blocks::block_hash` of a block, [`value_hash`] of any other value.
 pub type Hash = [u8; 32];
+
+/// BLAKE3 of a value that is no tensor block, in a domain of its own.
+pub fn value_hash(bytes: &[u8]) -> Hash {
+    let mut hasher = blake3::Hasher::new_derive_key("pg_tessera wide value v1");
+    hasher.update(bytes);
+    *hasher.finalize().as_bytes()
+}
 
 /// What a payload looks like in the store: bytes behind a varlena's four-byte header, and their compression method
 /// (`InvalidCompressionId` is told by `stored.len() == raw_len`, as in a TOAST pointer).
@@ -53,12 +60,6 @@ impl Store {
         let indexes = ToastIndexes::open(rel.raw(), pg_sys::RowExclusiveLock);
         let key = locators::ensure_meta(rel.raw()).hash_key;
         Store { rel, indexes, key }
-    }
-
-    /// The relation's oid.
-    pub fn oid(&self) -> pg_sys::Oid {
-        // SAFETY: open relation.
-        unsafe { (*self.rel.raw()).rd_id }
     }
 
     /// The block with this content, stored now if it is new. `make` gives the payload and is called only then.

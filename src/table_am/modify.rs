@@ -1,4 +1,4 @@
-//! Insertions; and deletion, which is heapam's.
+//! Insertions and row locks. Deletion is heapam's own callback: the payload stays in the store.
 
 use super::slot::{as_ours, begin_store, remember_stored};
 use super::toaster::Toaster;
@@ -72,24 +72,6 @@ pub unsafe extern "C-unwind" fn multi_insert(
         });
     }
 }
-
-/// Deletion is heapam's: the payload stays in the store.
-pub fn tuple_delete() -> TupleDelete {
-    super::heapam().tuple_delete
-}
-
-type TupleDelete = Option<
-    unsafe extern "C-unwind" fn(
-        pg_sys::Relation,
-        pg_sys::ItemPointer,
-        pg_sys::CommandId,
-        pg_sys::Snapshot,
-        pg_sys::Snapshot,
-        bool,
-        *mut pg_sys::TM_FailureData,
-        bool,
-    ) -> pg_sys::TM_Result::Type,
->;
 
 #[pg_guard]
 pub unsafe extern "C-unwind" fn tuple_insert_speculative(

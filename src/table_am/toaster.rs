@@ -6,9 +6,10 @@
 
 use crate::pg::tuple::attribute;
 use crate::pg::varlena::{self, INLINE_BYTES, StandIn, VARHDRSZ};
-use crate::store::{Payload, Store};
+use crate::store::{self, Payload, Store};
 use pgrx::pg_sys;
 use std::borrow::Cow;
+use tensor_blocks::Block;
 
 /// `TOAST_TUPLE_THRESHOLD` of 8 kB pages (heaptoast.h): a quarter of a page.
 const ROW_THRESHOLD: usize = 2032;
@@ -108,11 +109,17 @@ impl Toaster {
             if varlena::size_in_row(datum) <= INLINE_BYTES || StandIn::read(datum).is_some() {
                 return value;
             }
-            let Some(store) = self.store() else { return value };
+            if self.store().is_none() {
+                return value;
+            }
             // The hash is of the decompressed bytes, so that equal values meet whatever form they come in.
             let plain = pg_sys::detoast_attr(datum);
             let raw = varlena::payload(plain);
-            let hash = *blake3::hash(raw).as_bytes();
+            let hash = match Block::decode(raw) {
+                Ok(block) if (*att).atttypid == self.block_type => block.hash().0,
+                _ => store::value_hash(raw),
+            };
+            let Some(store) = self.store() else { return value };
             let stand_in = store.put(&hash, raw.len() as u32, || payload_of(datum, plain, raw, att));
             copy_to_context(&stand_in.to_bytes())
         }

@@ -9,7 +9,7 @@ use crate::error::ModelError;
 use crate::signature::PortType;
 use tensor_blocks::DType;
 use tract_onnx::prelude::tract_ndarray::ArrayD;
-use tract_onnx::prelude::{DatumType, IntoTensor, Tensor};
+use tract_onnx::prelude::{Datum, DatumType, IntoTensor, Tensor};
 use tract_onnx::tract_core::internal::{TDim, f16};
 
 /// The elements of a tensor.

@@ -4,10 +4,12 @@
 //! whose identity is its [`block_hash`]. This crate knows nothing of PostgreSQL and nothing of ONNX files; only the
 //! codes of the element types are ONNX's.
 
+mod block;
 mod dtype;
 mod hash;
 mod tiling;
 
+pub use block::{Block, BlockError};
 pub use dtype::DType;
 pub use hash::{BlockHash, block_hash};
 pub use tiling::{Tile, Tiling, TilingError, View};

@@ -150,6 +150,8 @@ struct Strip<'c, 'a> {
 }
 
 impl<'a> Visitor<'a> for Strip<'_, 'a> {
+    const VIEWS: bool = true;
+
     fn tensor(
         &mut self,
         rope: &mut Rope,
@@ -182,7 +184,7 @@ impl<'a> Visitor<'a> for Strip<'_, 'a> {
                 self.store(rope, number, tensor, format!("{name}/{attribute}"), dtype, view, data)
             }
             Place::Attribute { .. } if tensor.is_external() => {
-                rewrite(rope, number, self.model_of(tensor), field::RAW_DATA, |rope| {
+                tensor.rewrite(rope, number, field::RAW_DATA, |rope| {
                     rope.own(|own| write_bytes(own, field::RAW_DATA, &data));
                 })?;
                 Ok(true)
@@ -194,4 +196,62 @@ impl<'a> Visitor<'a> for Strip<'_, 'a> {
     fn advance(&mut self, bytes: usize) -> Result<(), ModelError> {
         self.progress.advance(bytes)
     }
+}
+
+impl<'a> Strip<'_, 'a> {
+    /// Puts a tensor among the stored ones, and its header into the graph.
+    #[allow(clippy::too_many_arguments)]
+    fn store(
+        &mut self,
+        rope: &mut Rope,
+        number: u32,
+        tensor: &TensorProto<'a>,
+        name: String,
+        dtype: DType,
+        view: View,
+        data: Cow<'a, [u8]>,
+    ) -> Result<bool, ModelError> {
+        if self.tensors.len() == MAX_TENSORS {
+            return Err(ModelError::too_large("the ONNX model has too many tensors")
+                .detail(format!("At most {MAX_TENSORS} are supported.")));
+        }
+        let ordinal = self.tensors.len() as u32;
+        let name = self.unique(name);
+        tensor.rewrite(rope, number, field::DATA_LOCATION, |rope| {
+            rope.own(|own| {
+                write_entry(own, "location", LOCATION);
+                write_entry(own, "offset", &ordinal.to_string());
+                write_varint(own, u64::from(field::DATA_LOCATION) << 3);
+                write_varint(own, 1);
+            });
+        })?;
+        self.tensors.push(StoredTensor { ordinal, name, dtype, dims: tensor.dims.clone(), view, data });
+        Ok(true)
+    }
+
+    /// `name`, or if that is taken, the name with the first free number: subgraphs may repeat a name.
+    fn unique(&mut self, name: String) -> String {
+        let Some(mut number) = self.names.get(&name).copied() else {
+            self.names.insert(name.clone(), 1);
+            return name;
+        };
+        let free = loop {
+            number += 1;
+            let candidate = format!("{name}#{number}");
+            if !self.names.contains_key(&candidate) {
+                break candidate;
+            }
+        };
+        self.names.insert(name, number);
+        self.names.insert(free.clone(), 1);
+        free
+    }
+}
+
+/// Appends a `StringStringEntryProto` of external_data.
+fn write_entry(out: &mut Vec<u8>, key: &str, value: &str) {
+    let mut entry = Vec::with_capacity(4 + key.len() + value.len());
+    write_bytes(&mut entry, 1, key.as_bytes());
+    write_bytes(&mut entry, 2, value.as_bytes());
+    write_bytes(out, field::EXTERNAL_DATA, &entry);
 }

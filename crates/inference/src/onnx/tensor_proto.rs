@@ -11,7 +11,7 @@
 //! Source: `TensorProto` in onnx.proto3.
 
 use super::external::ExternalData;
-use super::wire::{Field, Fields, Value, WireError, read_varint};
+use super::wire::{Field, Fields, Rope, Value, WireError, read_varint};
 use crate::error::ModelError;
 use std::borrow::Cow;
 use std::ops::Range;
@@ -250,6 +250,39 @@ impl<'a> TensorProto<'a> {
     /// The location and the offset of external data, as they stand there.
     pub fn external_place(&self) -> (Option<&'a str>, Option<&'a str>) {
         (self.location, self.offset)
+    }
+
+    /// Appends field `number`: this tensor without its data and without references to external data, and what
+    /// `insert` appends, in the place of a field numbered `place` in the order of numbers, in which writers write.
+    pub fn rewrite(
+        &self,
+        rope: &mut Rope,
+        number: u32,
+        place: u32,
+        insert: impl FnOnce(&mut Rope),
+    ) -> Result<(), ModelError> {
+        let mut insert = Some(insert);
+        rope.begin(number);
+        for field in Fields::new(self.model, self.body.clone()) {
+            let field = field.map_err(|error| malformed(error, "TensorProto"))?;
+            match field.number {
+                field::FLOAT_DATA
+                | field::INT32_DATA
+                | field::STRING_DATA
+                | field::INT64_DATA
+                | field::RAW_DATA
+                | field::DOUBLE_DATA
+                | field::UINT64_DATA
+                | field::EXTERNAL_DATA
+                | field::DATA_LOCATION => continue,
+                number if number > place => insert.take().into_iter().for_each(|insert| insert(rope)),
+                _ => {}
+            }
+            rope.source(field.span);
+        }
+        insert.take().into_iter().for_each(|insert| insert(rope));
+        rope.end();
+        Ok(())
     }
 
     /// An error about this tensor.

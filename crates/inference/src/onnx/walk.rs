@@ -33,6 +33,9 @@ pub(super) enum Place<'p, 'a> {
 
 /// What the walk does at a tensor.
 pub(super) trait Visitor<'a> {
+    /// Whether the visitor asks for views; else those it is given are empty.
+    const VIEWS: bool;
+
     /// Appends field `number` with the tensor's replacement and returns true, or returns false to keep it.
     fn tensor(
         &mut self,
@@ -143,7 +146,10 @@ impl<'a, V: Visitor<'a>> Walk<'a, V> {
             return Err(ModelError::invalid_model("the ONNX model has graphs nested too deeply")
                 .detail(format!("At most {MAX_GRAPH_DEPTH} levels are supported.")));
         }
-        let views = Views::of_graph(self.model, body.clone(), &mut |bytes| self.visitor.advance(bytes))?;
+        let views = match V::VIEWS {
+            true => Views::of_graph(self.model, body.clone(), &mut |bytes| self.visitor.advance(bytes))?,
+            false => Views::default(),
+        };
         self.message(number, span, |walk| {
             let mut changed = false;
             for field in Fields::new(walk.model, body) {

@@ -11,11 +11,13 @@
 //! - numbers are right or absent: what tract is known to compute wrongly is refused at compile;
 //! - a plan is immutable but for its cache of specialisations, and may be used by several threads.
 
+mod analyse;
 mod build;
 mod names;
 mod prepare;
 pub mod refusals;
 mod run;
+mod runnable;
 
 #[cfg(test)]
 mod tests;

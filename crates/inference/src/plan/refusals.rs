@@ -1,0 +1,173 @@
+//! What is not run, and why.
+//!
+//! Responsible for: finding, before anything is computed, operators, operator sets and attributes that tract lacks,
+//! ignores or computes wrongly, and saying which one it was. A number that is wrong is worse than an error.
+
+use crate::error::ModelError;
+use std::collections::{HashMap, HashSet};
+use std::sync::LazyLock;
+use tract_onnx::pb::{GraphProto, ModelProto, NodeProto};
+
+/// The oldest operator set of the default domain. Before 7, broadcasting followed attributes that tract ignores:
+/// nodes with such attributes are refused one by one.
+pub const OLDEST_OPSET: i64 = 1;
+
+/// The newest operator set of the default domain: the newest whose node tests have been run. A newer one may give
+/// an operator a new meaning.
+pub const NEWEST_OPSET: i64 = 28;
+
+/// The newest version of `ai.onnx.ml` that is known.
+pub const NEWEST_ML_OPSET: i64 = 5;
+
+/// Operators of `ai.onnx.ml` that can be run.
+const ML_OPERATORS: &[&str] = &[
+    "ArrayFeatureExtractor",
+    "CategoryMapper",
+    "LinearClassifier",
+    "LinearRegressor",
+    "Normalizer",
+    "TreeEnsembleClassifier",
+];
+
+/// Operators of `com.microsoft` that can be run.
+const MICROSOFT_OPERATORS: &[&str] = &[
+    "BiasGelu",
+    "FastGelu",
+    "Gelu",
+    "QuickGelu",
+    "MatMulNBits",
+    "GatherBlockQuantized",
+    "RotaryEmbedding",
+    "SimplifiedLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+    "SkipLayerNormalization",
+];
+
+/// Operators that tract registers but that are in no operator set of the default domain.
+const NOT_IN_DEFAULT_DOMAIN: &[&str] = &[
+    "BiasGelu",
+    "FastGelu",
+    "QuickGelu",
+    "MatMulNBits",
+    "GatherBlockQuantized",
+    "SkipSimplifiedLayerNormalization",
+    "SkipLayerNormalization",
+];
+
+static REGISTERED: LazyLock<HashSet<String>> =
+    LazyLock::new(|| super::build::framework().op_register.0.keys().cloned().collect());
+
+/// Checks every node of a model, in subgraphs too.
+///
+/// # Errors
+/// `UnsupportedOpset` or `UnsupportedOperator`, naming operator, domain and operator set version.
+pub fn check(model: &ModelProto) -> Result<(), ModelError> {
+    let opsets = opsets(model)?;
+    if !model.functions.is_empty() {
+        let names: Vec<&str> = model.functions.iter().filter_map(|function| function.name.as_deref()).collect();
+        return Err(ModelError::unsupported_operator("the model defines functions of its own")
+            .detail(format!("Functions: {}.", names.join(", ")))
+            .hint("Inline them before loading, with onnx.inliner.inline_local_functions."));
+    }
+    model.graph.as_ref().map_or(Ok(()), |graph| check_graph(graph, &opsets))
+}
+
+/// Version by domain, the default domain being "".
+type Opsets<'a> = HashMap<&'a str, i64>;
+
+fn opsets(model: &ModelProto) -> Result<Opsets<'_>, ModelError> {
+    let mut opsets = HashMap::new();
+    for set in &model.opset_import {
+        let domain = if set.domain == "ai.onnx" { "" } else { set.domain.as_str() };
+        opsets.insert(domain, set.version);
+    }
+    for (domain, name, oldest, newest) in
+        [("", "ai.onnx", OLDEST_OPSET, NEWEST_OPSET), ("ai.onnx.ml", "ai.onnx.ml", 1, NEWEST_ML_OPSET)]
+    {
+        if let Some(&version) = opsets.get(domain)
+            && !(oldest..=newest).contains(&version)
+        {
+            return Err(ModelError::unsupported_opset(format!("operator set {name} version {version} is not supported"))
+                .detail(format!("Versions {oldest} to {newest} are."))
+                .hint("Export the model again with another opset, or convert it with onnx.version_converter."));
+        }
+    }
+    if opsets.is_empty() {
+        return Err(ModelError::unsupported_opset("the model does not say which operator set it uses")
+            .hint("Export the model again with opset 13 or later."));
+    }
+    Ok(opsets)
+}
+
+fn check_graph(graph: &GraphProto, opsets: &Opsets<'_>) -> Result<(), ModelError> {
+    if !graph.sparse_initializer.is_empty() {
+        return Err(ModelError::unsupported_type("sparse initializers cannot be computed with")
+            .hint("Export the model with dense tensors."));
+    }
+    for node in &graph.node {
+        check_node(node, opsets)?;
+        for attribute in &node.attribute {
+            for body in attribute.g.iter().chain(&attribute.graphs) {
+                check_graph(body, opsets)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_node(node: &NodeProto, opsets: &Opsets<'_>) -> Result<(), ModelError> {
+    let domain = if node.domain == "ai.onnx" { "" } else { node.domain.as_str() };
+    let operator = node.op_type.as_str();
+    let known = match domain {
+        "" => {
+            REGISTERED.contains(operator)
+                && !NOT_IN_DEFAULT_DOMAIN.contains(&operator)
+                && !ML_OPERATORS.contains(&operator)
+        }
+        "ai.onnx.ml" => ML_OPERATORS.contains(&operator),
+        "com.microsoft" => MICROSOFT_OPERATORS.contains(&operator),
+        _ => false,
+    };
+    let version = opsets.get(domain).copied();
+    if !known {
+        return Err(unsupported(node, version, None));
+    }
+    let Some(version) = version else {
+        return Err(ModelError::unsupported_opset(format!(
+            "the model uses operator {operator} of domain {} but imports no operator set of that domain",
+            domain_name(domain)
+        )));
+    };
+    match refusal(domain, node, version) {
+        Some(reason) => Err(unsupported(node, Some(version), Some(reason))),
+        None => Ok(()),
+    }
+}
+
+fn domain_name(domain: &str) -> &str {
+    if domain.is_empty() { "ai.onnx" } else { domain }
+}
+
+/// The error for a node that is not run.
+fn unsupported(node: &NodeProto, version: Option<i64>, reason: Option<&str>) -> ModelError {
+    let domain = domain_name(&node.domain);
+    let version = version.map_or(String::new(), |version| format!(", opset {version}"));
+    let name = if node.name.is_empty() { node.output.first().map_or("", String::as_str) } else { &node.name };
+    let mut error = ModelError::unsupported_operator(match reason {
+        None => format!("operator {} is not supported (domain {domain}{version})", node.op_type),
+        Some(reason) => format!("operator {} {reason} is not supported (domain {domain}{version})", node.op_type),
+    })
+    .detail(format!("Node \"{name}\" uses it."));
+    if node.op_type == "ZipMap" {
+        error = error.hint("Export the classifier with the converter option zipmap set to false.");
+    } else {
+        error = error.hint("Export the model with other operators or another opset.");
+    }
+    error
+}
+
+/// Why this node of a registered operator is not run: which attribute, input or version is at fault.
+fn refusal(domain: &str, node: &NodeProto, version: i64) -> Option<&'static str> {
+    let _ = (domain, node, version);
+    None
+}

@@ -1,0 +1,143 @@
+//! One run: inputs checked, executed operator by operator, outputs named.
+
+use super::Shapes;
+use super::build::Runnable;
+use super::runnable::check_dynamic;
+use super::{Bindings, CompileOptions};
+use crate::error::ModelError;
+use crate::signature::{Dim, Port, Signature};
+use crate::tensor::HostTensor;
+use crate::worker::cancelled;
+use std::sync::atomic::{AtomicBool, Ordering};
+use tract_onnx::tract_core::plan::eval;
+use tract_onnx::tract_hir::internal::*;
+
+/// The inputs in the signature's order, each checked against its port.
+///
+/// # Errors
+/// `UnknownInput`, `MissingInput`, `InvalidInput`.
+pub(super) fn order_inputs(
+    signature: &Signature,
+    given: Vec<(String, HostTensor)>,
+) -> Result<Vec<HostTensor>, ModelError> {
+    let mut slots: Vec<Option<HostTensor>> = vec![None; signature.inputs.len()];
+    for (name, tensor) in given {
+        let place = signature
+            .inputs
+            .iter()
+            .position(|port| port.name == name)
+            .ok_or_else(|| crate::json::unknown_input(signature, &name))?;
+        if slots[place].replace(tensor).is_some() {
+            return Err(ModelError::invalid_input(format!("input \"{name}\" is given twice")));
+        }
+    }
+    let mut bindings = Bindings::new();
+    let mut inputs = Vec::with_capacity(slots.len());
+    for (slot, port) in slots.into_iter().zip(&signature.inputs) {
+        let tensor = slot.ok_or_else(|| {
+            ModelError::missing_input(format!("input \"{}\" is missing", port.name))
+                .hint(format!("The model needs {}.", signature.inputs_text()))
+        })?;
+        check_input(port, &tensor, &mut bindings)?;
+        inputs.push(tensor);
+    }
+    Ok(inputs)
+}
+
+fn check_input<'a>(port: &'a Port, tensor: &HostTensor, bindings: &mut Bindings<'a>) -> Result<(), ModelError> {
+    let wrong = |message: String| {
+        ModelError::invalid_input(message).detail(format!(
+            "The input is {}; the given tensor is {} of shape {:?}.",
+            port.type_text(),
+            tensor.dtype,
+            tensor.shape
+        ))
+    };
+    let name = &port.name;
+    if tensor.dtype != port.dtype {
+        return Err(wrong(format!("input \"{name}\" takes {}, not {}", port.dtype, tensor.dtype)));
+    }
+    if !port.ranked {
+        return Ok(());
+    }
+    if tensor.shape.len() != port.shape.len() {
+        return Err(wrong(format!(
+            "input \"{name}\" has {} dimensions, not {}",
+            port.shape.len(),
+            tensor.shape.len()
+        )));
+    }
+    for (axis, (&size, dim)) in tensor.shape.iter().zip(&port.shape).enumerate() {
+        match dim {
+            Dim::Fixed(wanted) if *wanted != size as u64 => {
+                return Err(wrong(format!("dimension {axis} of input \"{name}\" must be {wanted}, not {size}")));
+            }
+            Dim::Symbol(symbol) => {
+                let bound = *bindings.entry(symbol).or_insert(size);
+                if bound != size {
+                    return Err(wrong(format!(
+                        "dimension {axis} of input \"{name}\" must be {bound}, not {size}"
+                    ))
+                    .hint(format!("The dimension \"{symbol}\" has one size for all inputs of a run.")));
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Executes a compiled form.
+pub(super) fn run(
+    runnable: &Runnable,
+    signature: &Signature,
+    inputs: Vec<HostTensor>,
+    shapes: &Shapes,
+    options: &CompileOptions,
+    cancel: &AtomicBool,
+) -> Result<Vec<(String, HostTensor)>, ModelError> {
+    runnable.demand(shapes)?;
+    let values = inputs
+        .iter()
+        .map(|tensor| Ok(tensor.to_engine()?.into_tvalue()))
+        .collect::<Result<TVec<TValue>, ModelError>>()?;
+    drop(inputs);
+    let mut stopped: Option<ModelError> = None;
+    let mut state = runnable.plan.spawn().map_err(|error| failed(&error))?;
+    let result = state.run_plan_with_eval(values, |context, op_state, node: &TypedNode, inputs| -> TractResult<_> {
+        if cancel.load(Ordering::Relaxed) {
+            stopped = Some(cancelled());
+        } else if runnable.dynamic[node.id] {
+            stopped = check_dynamic(node, &inputs, context.symbols, options.memory_limit).err();
+        }
+        if stopped.is_some() {
+            bail!("stopped");
+        }
+        eval(context, op_state, node, inputs)
+    });
+    let outputs = match (result, stopped) {
+        (_, Some(stop)) => return Err(stop),
+        (Err(error), None) => return Err(failed(&error)),
+        (Ok(outputs), None) => outputs,
+    };
+    outputs
+        .iter()
+        .zip(&signature.outputs)
+        .map(|(value, port)| {
+            let tensor = HostTensor::from_engine(value)?;
+            if tensor.dtype != port.dtype {
+                return Err(ModelError::invalid_model(format!(
+                    "output \"{}\" is declared as {} but computed as {}",
+                    port.name, port.dtype, tensor.dtype
+                )));
+            }
+            Ok((port.name.clone(), tensor))
+        })
+        .collect()
+}
+
+fn failed(error: &TractError) -> ModelError {
+    ModelError::invalid_input("the model cannot compute with these inputs")
+        .detail(format!("{error:#}"))
+        .hint("Check the shapes and values of the inputs against what the model was trained on.")
+}

@@ -1,0 +1,228 @@
+//! A compiled form: tract's plan, and what a run with it will take.
+//!
+//! Responsible for: memory and cost of a run, known from the shapes before it starts.
+
+use super::names::Names;
+use super::{CompileOptions, Shapes};
+use crate::error::ModelError;
+use std::sync::{Arc, Mutex, PoisonError};
+use tract_onnx::tract_hir::internal::*;
+
+/// An operator with more than this many estimated nanoseconds makes a run heavy: half of what a caller may wait.
+const HEAVY_NANOSECONDS: u64 = 10_000_000;
+
+/// A run's demands.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Demand {
+    /// Bytes of all values that are alive at the same time, at the worst moment.
+    pub peak_bytes: u64,
+    /// Nanoseconds of the slowest operator, roughly.
+    pub slowest: u64,
+}
+
+/// One value that a step makes.
+struct Value {
+    shape: TVec<TDim>,
+    item_bytes: u64,
+    /// The step after which it is dropped.
+    last_use: usize,
+}
+
+struct Step {
+    node: usize,
+    values: TVec<Value>,
+    /// Multiply-adds and divisions.
+    work: TVec<TDim>,
+    /// Bytes that are known only while running, because a dimension depends on data.
+    pub dynamic: bool,
+}
+
+/// A compiled form of a model.
+pub(super) struct Runnable {
+    pub plan: Arc<TypedSimplePlan>,
+    names: Names,
+    steps: Vec<Step>,
+    /// By node: its step makes values whose size is known only while running.
+    pub dynamic: Vec<bool>,
+    limit: u64,
+    /// The demand of the shapes that came last.
+    last: Mutex<Option<(Shapes, Demand)>>,
+}
+
+/// The error for a value or a run beyond the memory limit; no bytes for a size that does not even fit 64 bits.
+pub(super) fn beyond_limit(node: &str, bytes: Option<u64>, limit: u64) -> ModelError {
+    let size = bytes.map_or("more than 2^64".to_owned(), |bytes| bytes.to_string());
+    ModelError::too_large("the model needs more memory than a run may take")
+        .detail(format!("Node \"{node}\" takes {size} bytes; the limit is {limit}."))
+        .hint("Give fewer rows or smaller inputs at a time.")
+}
+
+impl Runnable {
+    pub fn new(model: TypedModel, names: Names, options: &CompileOptions) -> TractResult<Runnable> {
+        let plan = TypedSimplePlan::new(model)?;
+        let model = plan.model();
+        let order = plan.order_without_consts();
+        let mut place = vec![usize::MAX; model.nodes.len()];
+        for (step, &node) in order.iter().enumerate() {
+            place[node] = step;
+        }
+        let free: Vec<&Symbol> = names.inputs.iter().flatten().flatten().collect();
+        let mut dynamic = vec![false; model.nodes.len()];
+        let mut steps = Vec::with_capacity(order.len());
+        for (step, &id) in order.iter().enumerate() {
+            let node = &model.nodes[id];
+            let mut values = tvec!();
+            for (slot, outlet) in node.outputs.iter().enumerate() {
+                let shape: TVec<TDim> = outlet.fact.shape.iter().cloned().collect();
+                dynamic[id] |= shape.iter().flat_map(|dim| dim.symbols()).any(|symbol| !free.contains(&&symbol));
+                let kept = model.outputs.contains(&OutletId::new(id, slot));
+                let used = outlet.successors.iter().map(|inlet| place[inlet.node]).filter(|&use_| use_ != usize::MAX);
+                let last_use = if kept { usize::MAX } else { used.max().unwrap_or(step) };
+                values.push(Value { shape, item_bytes: outlet.fact.datum_type.size_of() as u64, last_use });
+            }
+            let facts = model.node_input_facts(id)?;
+            let work = node
+                .op
+                .cost(&facts)
+                .unwrap_or_default()
+                .into_iter()
+                .filter(|(cost, _)| cost.is_compute())
+                .map(|(_, count)| count)
+                .collect();
+            steps.push(Step { node: id, values, work, dynamic: dynamic[id] });
+        }
+        Ok(Runnable { plan, names, steps, dynamic, limit: options.memory_limit, last: Mutex::new(None) })
+    }
+
+    /// Sizes of the free dimensions.
+    fn symbols(&self, shapes: &Shapes) -> SymbolValues {
+        let mut values = SymbolValues::default();
+        for (symbols, shape) in self.names.inputs.iter().zip(shapes) {
+            for (symbol, &size) in symbols.iter().zip(shape) {
+                if let Some(symbol) = symbol {
+                    values.set(symbol, size as i64);
+                }
+            }
+        }
+        values
+    }
+
+    /// What a run with these shapes takes.
+    ///
+    /// # Errors
+    /// `TooLarge` beyond the memory limit.
+    pub fn demand(&self, shapes: &Shapes) -> Result<Demand, ModelError> {
+        if let Some((held, demand)) = &*self.last.lock().unwrap_or_else(PoisonError::into_inner)
+            && held == shapes
+        {
+            return Ok(*demand);
+        }
+        let demand = self.measure(&self.symbols(shapes))?;
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some((shapes.clone(), demand));
+        Ok(demand)
+    }
+
+    fn measure(&self, symbols: &SymbolValues) -> Result<Demand, ModelError> {
+        let mut dropped = vec![0u64; self.steps.len()];
+        let (mut alive, mut peak, mut slowest) = (0u64, 0u64, 0u64);
+        for (step, item) in self.steps.iter().enumerate() {
+            let mut made = 0u64;
+            for value in &item.values {
+                let bytes = value_bytes(value, symbols);
+                made = bytes
+                    .and_then(|bytes| made.checked_add(bytes))
+                    .filter(|made| *made <= self.limit)
+                    .ok_or_else(|| self.beyond(item, bytes))?;
+                if let Some(place) = dropped.get_mut(value.last_use) {
+                    *place += bytes.unwrap_or(0);
+                }
+            }
+            alive += made;
+            if alive > self.limit {
+                return Err(self.beyond(item, Some(alive)));
+            }
+            peak = peak.max(alive);
+            alive -= dropped[step];
+            // 10 ns for 4 bytes of output (a slow function such as erf), half a nanosecond for a multiply-add.
+            let work = item.work.iter().filter_map(|count| u64::try_from(count.eval(symbols).to_i64().ok()?).ok());
+            slowest = slowest.max((made / 4).saturating_mul(10)).max(work.fold(0, u64::saturating_add) / 2);
+            if item.dynamic {
+                slowest = slowest.max(HEAVY_NANOSECONDS + 1);
+            }
+        }
+        Ok(Demand { peak_bytes: peak, slowest })
+    }
+
+    fn beyond(&self, step: &Step, bytes: Option<u64>) -> ModelError {
+        beyond_limit(&self.plan.model().nodes[step.node].name, bytes, self.limit)
+    }
+
+    /// True when one operator of a run with these shapes may take longer than about 20 ms.
+    pub fn is_heavy(&self, shapes: &Shapes) -> bool {
+        self.demand(shapes).is_ok_and(|demand| demand.slowest > HEAVY_NANOSECONDS)
+    }
+
+    /// Multiply-adds of a run in which every free dimension has this size.
+    pub fn flops(&self, size: i64) -> u64 {
+        let mut symbols = SymbolValues::default();
+        for symbol in self.names.inputs.iter().flatten().flatten() {
+            symbols.set(symbol, size);
+        }
+        let counts = self.steps.iter().flat_map(|step| &step.work).map(|count| count.eval(&symbols).to_i64());
+        counts.filter_map(|count| u64::try_from(count.ok()?).ok()).fold(0, u64::saturating_add)
+    }
+}
+
+/// Bytes of a value: 0 where they depend on data, none where they do not fit.
+fn value_bytes(value: &Value, symbols: &SymbolValues) -> Option<u64> {
+    let mut bytes = value.item_bytes;
+    for dim in &value.shape {
+        match dim.eval(symbols).to_i64() {
+            Ok(size) => bytes = bytes.checked_mul(u64::try_from(size).ok()?)?,
+            Err(_) => return Some(0),
+        }
+    }
+    Some(bytes)
+}
+
+/// Checks the values that a node is about to make, now that its inputs are there.
+///
+/// # Errors
+/// The text of a `TooLarge` error.
+pub(super) fn check_dynamic(
+    node: &TypedNode,
+    inputs: &[TValue],
+    symbols: &SymbolValues,
+    limit: u64,
+) -> Result<(), ModelError> {
+    for (slot, outlet) in node.outputs.iter().enumerate() {
+        let shape: TVec<TDim> = outlet.fact.shape.iter().cloned().collect();
+        let value = Value { shape, item_bytes: outlet.fact.datum_type.size_of() as u64, last_use: 0 };
+        let mut bytes = value_bytes(&value, symbols);
+        match (&*node.op.name(), slot) {
+            ("Range", 0) => bytes = range_length(inputs).and_then(|length| length.checked_mul(value.item_bytes)),
+            ("DynTile", 0) => bytes = tiled(inputs).and_then(|count| count.checked_mul(value.item_bytes)),
+            _ => {}
+        }
+        if bytes.is_none_or(|bytes| bytes > limit) {
+            return Err(beyond_limit(&node.name, bytes, limit));
+        }
+    }
+    Ok(())
+}
+
+fn range_length(inputs: &[TValue]) -> Option<u64> {
+    let number = |input: usize| inputs.get(input)?.cast_to_scalar::<f64>().ok();
+    let length = ((number(1)? - number(0)?) / number(2)?).ceil();
+    // Not a number for a step of zero.
+    if length.is_nan() || length > 1e18 { None } else { Some(length.max(0.0) as u64) }
+}
+
+fn tiled(inputs: &[TValue]) -> Option<u64> {
+    let mut count = inputs.first()?.len() as u64;
+    let multipliers = inputs.get(1)?.cast_to::<i64>().ok()?;
+    for &multiplier in multipliers.try_as_plain_ram().ok()?.as_slice::<i64>().ok()? {
+        count = count.checked_mul(u64::try_from(multiplier).ok()?)?;
+    }
+    Some(count)
+}

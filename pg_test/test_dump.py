@@ -1,0 +1,108 @@
+"""Models, their owners and their version numbers survive pg_dump and pg_restore; so do a user's own tables of blocks."""
+
+import pytest
+
+from cluster import Database
+from helpers import assert_answers, load, storage
+
+pytestmark = pytest.mark.newer
+
+MODELS = ["fraud_fc_256", "cnn", "minilm", "vad"]
+
+
+@pytest.fixture(scope="module")
+def source(db, server):
+    """A database with models of two owners, several versions, and a table of blocks."""
+    with db.connect() as conn:
+        conn.execute("DROP ROLE IF EXISTS analyst")
+        conn.execute("DROP ROLE IF EXISTS reader")
+        conn.execute("CREATE ROLE analyst")
+        conn.execute("CREATE ROLE reader")
+        for name in MODELS:
+            load(conn, name)
+        conn.execute("SET ROLE analyst")
+        load(conn, "analysts", "fraud_fc_512")
+        load(conn, "analysts", "fraud_fc_256")
+        load(conn, "analysts", "fraud_fc_256_tuned")
+        conn.execute("SELECT activate_model('analysts', 2)")
+        conn.execute("RESET ROLE")
+        conn.execute("CREATE TABLE own (id int, data tensor_block) USING tensor_block")
+        conn.execute("INSERT INTO own SELECT i, array_fill((i % 3)::real, ARRAY[64, 64])::tensor_block FROM generate_series(1, 30) AS i")
+        conn.execute("INSERT INTO own VALUES (0, '{NaN,Infinity,-0,1.1754944e-38,1e-45}'::real[]::tensor_block)")
+    yield db
+    with server.connect("postgres") as conn:
+        conn.execute(f'DROP DATABASE IF EXISTS "{db.name}" WITH (FORCE)')
+        conn.execute("DROP ROLE IF EXISTS analyst")
+        conn.execute("DROP ROLE IF EXISTS reader")
+        conn.execute(f'CREATE DATABASE "{db.name}"')  # the fixture drops it
+
+
+def facts(conn) -> list:
+    """All that must be the same on both sides."""
+    sql = ["SELECT name, version, active, owner::text, loaded_at FROM tessera.models ORDER BY 1, 2",
+           "SELECT model, version, name, dtype, shape::text FROM tessera.model_inputs ORDER BY 1, 2, 3",
+           "SELECT model, version, name, dtype, dims, blocks FROM tessera.tensors ORDER BY 1, 2, 3",
+           "SELECT id, md5(data::bytea) FROM own ORDER BY 1"]
+    return [conn.execute(statement).fetchall() for statement in sql]
+
+
+@pytest.mark.parametrize("form", ["plain", "custom", "directory"])
+def test_round_trip(source, server, tmp_path, form):
+    file = tmp_path / "dump"
+    server.program("pg_dump", f"--format={form}", "-d", source.name, "-f", str(file))
+    target = Database(server, f"restored_{form}")
+    with server.connect("postgres") as conn:
+        conn.execute(f'DROP DATABASE IF EXISTS "{target.name}" WITH (FORCE)')
+        conn.execute(f'CREATE DATABASE "{target.name}" TEMPLATE template0')
+    try:
+        if form == "plain":
+            server.program("psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", target.name, "-f", str(file))
+        else:
+            server.program("pg_restore", "--exit-on-error", "-d", target.name, *(["-j", "2"] if form == "directory" else []), str(file))
+        with source.connect() as before, target.connect() as after:
+            assert facts(after) == facts(before)
+            for name in MODELS:
+                assert_answers(after, name, name, 7)
+            assert_answers(after, "analysts", "fraud_fc_256", 7)
+            assert_answers(after, "analysts@3", "fraud_fc_256_tuned", 7)
+            assert storage(after)["blocks_stored"] == storage(before)["blocks_stored"]
+            assert load(after, "analysts", "fraud_fc_512") == 4, "version numbers do not go on"
+            assert load(after, "new", "fraud_fc_512") == 1
+            assert_answers(after, "new", "fraud_fc_512", 7)
+            for name in MODELS:
+                assert_answers(after, name, name, 1)
+            after.execute("SELECT drop_model('analysts')")
+            after.execute("DROP TABLE own")
+            after.execute("SELECT drop_model(name) FROM (SELECT DISTINCT name FROM tessera.models) AS m")
+            after.execute("DROP EXTENSION pg_tessera")
+    finally:
+        with server.connect("postgres") as conn:
+            conn.execute(f'DROP DATABASE "{target.name}" WITH (FORCE)')
+
+
+def test_dump_of_a_dump(source, server, tmp_path):
+    """Dumping what was restored gives the same text."""
+    texts = []
+    name = source.name
+    target = "restored_twice"
+    with server.connect("postgres") as conn:
+        conn.execute(f'DROP DATABASE IF EXISTS "{target}" WITH (FORCE)')
+        conn.execute(f'CREATE DATABASE "{target}" TEMPLATE template0')
+    try:
+        for database in (name, target):
+            text = server.program("pg_dump", "-d", database, text=True).stdout
+            texts.append(sorted(line for line in text.splitlines() if not line.startswith(("--", "\\"))))
+            if database == name:
+                server.program("psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", target, text=True, input=text)
+        assert texts[0] == texts[1]
+    finally:
+        with server.connect("postgres") as conn:
+            conn.execute(f'DROP DATABASE "{target}" WITH (FORCE)')
+
+
+def test_size(source, server):
+    """The text form is compact: a dump has at most two and a quarter bytes for each byte of blocks."""
+    with source.connect() as conn:
+        blocks = conn.execute("SELECT sum(octet_length(data::bytea)) FROM (SELECT data FROM tessera.weight UNION ALL SELECT data FROM own) AS d").fetchone()[0]
+    text = server.program("pg_dump", "-d", source.name).stdout
+    assert len(text) < 2.25 * blocks + 1_000_000

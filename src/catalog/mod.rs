@@ -1,0 +1,10 @@
+//! Models in tables: rows in, rows out. Reads go straight to the tables under the active snapshot; writes go through SPI
+//! with the rights of the extension's owner, after the caller's own were checked here.
+
+mod names;
+mod read;
+mod write;
+
+pub use names::{ModelSpec, check_name};
+pub use read::{graph, read_tensor, resolve, tensors};
+pub use write::{NewVersion, activate, drop_model, drop_orphans, rename, store};

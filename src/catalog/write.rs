@@ -1,0 +1,395 @@
+//! Changing models. Everything here runs inside the caller's transaction and is undone with it.
+//!
+//! Whoever changes a model first takes a lock on its name until the transaction ends, so that concurrent loads of one name
+//! take turns. The lock is a heavyweight one: the deadlock detector sees it, and waiting for it can be cancelled.
+
+use super::names::{ModelSpec, check_name};
+use super::read::{dims_of, no_such_model};
+use crate::pg::scan::relation_oid;
+use crate::pg::{error, fmgr, identity};
+use inference::onnx::StoredTensor;
+use pgrx::datum::DatumWithOid;
+use pgrx::pg_sys;
+use pgrx::prelude::*;
+use pgrx::spi::{SpiClient, SpiError};
+use tensor_blocks::{Block, Tiling};
+
+/// A model that was parsed and checked, ready to be stored.
+pub struct NewVersion<'a> {
+    /// ONNX graph without its tensors.
+    pub graph: &'a [u8],
+    /// BLAKE3 of the graph.
+    pub graph_hash: [u8; 32],
+    /// BLAKE3 over graph and tensors.
+    pub content_hash: [u8; 32],
+    /// Inputs, outputs and opsets as JSON.
+    pub signature: serde_json::Value,
+    /// Its tensors.
+    pub tensors: &'a [StoredTensor<'a>],
+    /// Bytes of the ONNX file and its external data.
+    pub loaded_bytes: u64,
+    /// Bytes of a whole block.
+    pub block_bytes: usize,
+}
+
+/// Runs `f` in SPI with the extension owner's rights; an error of SPI itself becomes an ERROR.
+fn as_owner<T>(f: impl FnOnce(&mut SpiClient<'_>, pg_sys::Oid) -> Result<T, SpiError>) -> T {
+    identity::as_extension_owner(|caller| match Spi::connect_mut(|client| f(client, caller)) {
+        Ok(value) => value,
+        Err(e) => error::raise(
+            PgSqlErrorCode::ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
+            "could not change the tables of pg_tessera",
+            &format!("{e}."),
+            "",
+        ),
+    })
+}
+
+/// Takes the lock on a model's name.
+fn lock_name(name: &str) {
+    let class = relation_oid(c"tessera", c"model").unwrap_or(pg_sys::InvalidOid);
+    let hash = blake3::hash(name.as_bytes());
+    let object = u32::from_le_bytes(hash.as_bytes()[..4].try_into().expect("four bytes"));
+    // SAFETY: a heavyweight lock on (database, class, number); released at the end of the transaction.
+    unsafe {
+        pg_sys::LockDatabaseObject(
+            class,
+            pg_sys::Oid::from_u32(object),
+            0,
+            pg_sys::ExclusiveLock as pg_sys::LOCKMODE,
+        )
+    };
+}
+
+struct ModelRow {
+    id: i64,
+    domain: pg_sys::Oid,
+    active: Option<i32>,
+    last_version: i32,
+}
+
+fn find(client: &SpiClient<'_>, name: &str) -> Result<Option<ModelRow>, SpiError> {
+    let rows = client.select(
+        "SELECT id, domain::oid, active_version, last_version FROM tessera.model WHERE name = $1",
+        Some(1),
+        &[name.into()],
+    )?;
+    if rows.is_empty() {
+        return Ok(None);
+    }
+    let row = rows.first();
+    Ok(Some(ModelRow {
+        id: row.get(1)?.unwrap_or_default(),
+        domain: row.get(2)?.unwrap_or(pg_sys::InvalidOid),
+        active: row.get(3)?,
+        last_version: row.get(4)?.unwrap_or_default(),
+    }))
+}
+
+/// The model, which must exist and belong to `caller`.
+fn find_owned(client: &SpiClient<'_>, name: &str, caller: pg_sys::Oid) -> Result<ModelRow, SpiError> {
+    let Some(model) = find(client, name)? else { no_such_model(name) };
+    // SAFETY: syscache look-ups in a transaction.
+    let owns = unsafe {
+        #[cfg(any(feature = "pg14", feature = "pg15"))]
+        let owns = pg_sys::pg_type_ownercheck(model.domain, caller);
+        #[cfg(not(any(feature = "pg14", feature = "pg15")))]
+        let owns = pg_sys::object_ownercheck(pg_sys::TypeRelationId, model.domain, caller);
+        owns
+    };
+    if !owns {
+        error::raise(
+            PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
+            format!("must be owner of model \"{name}\""),
+            "",
+            "Ask its owner, whom tessera.models shows, or a superuser.",
+        );
+    }
+    Ok(model)
+}
+
+fn domain_name(name: &str) -> String {
+    pgrx::spi::quote_qualified_identifier("tessera_model", name)
+}
+
+/// Makes a model without versions, owned by `caller`.
+fn create(client: &mut SpiClient<'_>, name: &str, caller: pg_sys::Oid) -> Result<ModelRow, SpiError> {
+    let domain = domain_name(name);
+    // SAFETY: syscache look-up; the name is palloc'd.
+    let owner = unsafe {
+        std::ffi::CStr::from_ptr(pg_sys::GetUserNameFromId(caller, false)).to_string_lossy().into_owned()
+    };
+    client.update(&format!("CREATE DOMAIN {domain} AS bytea"), None, &[])?;
+    let comment = pgrx::spi::quote_literal("a model of pg_tessera: its owner owns the model, USAGE allows to predict");
+    client.update(&format!("COMMENT ON DOMAIN {domain} IS {comment}"), None, &[])?;
+    let owner = pgrx::spi::quote_identifier(owner);
+    client.update(&format!("ALTER DOMAIN {domain} OWNER TO {owner}"), None, &[])?;
+    client.update(
+        "INSERT INTO tessera.model (name, domain) VALUES ($1, $2::regtype)",
+        None,
+        &[name.into(), domain.as_str().into()],
+    )?;
+    Ok(find(client, name)?.unwrap_or_else(|| no_such_model(name)))
+}
+
+/// Stores a version and makes it the active one. Returns its number.
+pub fn store(name: &str, new: &NewVersion<'_>) -> i32 {
+    lock_name(name);
+    as_owner(|client, caller| {
+        let model = match find(client, name)? {
+            Some(_) => find_owned(client, name, caller)?,
+            None => create(client, name, caller)?,
+        };
+        let version = model.last_version.checked_add(1).unwrap_or_else(|| {
+            error::raise(
+                PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+                format!("model \"{name}\" has used up its version numbers"),
+                "",
+                "Load it under another name.",
+            )
+        });
+        client.update(
+            "INSERT INTO tessera.graph (hash, graph) VALUES ($1, $2) ON CONFLICT (hash) DO NOTHING",
+            None,
+            &[new.graph_hash.to_vec().into(), new.graph.to_vec().into()],
+        )?;
+        let parameters: u64 = new.tensors.iter().map(|t| t.dims.iter().product::<u64>()).sum();
+        let id: i64 = client
+            .update(
+                "INSERT INTO tessera.model_version (model, version, content_hash, graph_hash, signature, parameters, loaded_bytes, block_bytes)
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8) RETURNING id",
+                None,
+                &[
+                    model.id.into(),
+                    version.into(),
+                    new.content_hash.to_vec().into(),
+                    new.graph_hash.to_vec().into(),
+                    pgrx::JsonB(new.signature.clone()).into(),
+                    (parameters as i64).into(),
+                    (new.loaded_bytes as i64).into(),
+                    (new.block_bytes as i32).into(),
+                ],
+            )?
+            .first()
+            .get_one()?
+            .unwrap_or_default();
+        for tensor in new.tensors {
+            store_tensor(client, id, tensor, new.block_bytes)?;
+        }
+        client.update(
+            "UPDATE tessera.model SET last_version = $2, active_version = $2 WHERE id = $1",
+            None,
+            &[model.id.into(), version.into()],
+        )?;
+        Ok(version)
+    })
+}
+
+fn store_tensor(
+    client: &mut SpiClient<'_>,
+    version_id: i64,
+    tensor: &StoredTensor<'_>,
+    block_bytes: usize,
+) -> Result<(), SpiError> {
+    let tiling = Tiling::new(&tensor.dims, tensor.view, tensor.dtype, block_bytes).unwrap_or_else(|e| {
+        error::raise(
+            PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+            format!("tensor \"{}\" cannot be stored", tensor.name),
+            &format!("{e}."),
+            "",
+        )
+    });
+    let id: i64 = client
+        .update(
+            "INSERT INTO tessera.tensor (model_version, ordinal, name, dtype, dims, view, block_bytes)
+             VALUES ($1, $2, $3, $4, $5, $6, $7) RETURNING id",
+            None,
+            &[
+                version_id.into(),
+                (tensor.ordinal as i32).into(),
+                tensor.name.as_str().into(),
+                tensor.dtype.name().into(),
+                dims_of(&tensor.dims).into(),
+                tensor.view.name().into(),
+                (block_bytes as i32).into(),
+            ],
+        )?
+        .first()
+        .get_one()?
+        .unwrap_or_default();
+    let block_type = block_type_oid();
+    let types = [pg_sys::INT8OID, pg_sys::INT4OID, pg_sys::INT4OID, block_type].map(PgOid::from);
+    let insert = client.prepare_mut(
+        "INSERT INTO tessera.weight (tensor, block_row, block_col, data) VALUES ($1, $2, $3, $4)",
+        &types,
+    )?;
+    let mut elements = Vec::new();
+    for tile in tiling.tiles() {
+        crate::pg::interrupt::check();
+        elements.clear();
+        let block = tiling
+            .gather(tile, &tensor.data, &mut elements)
+            .map_err(|e| e.to_string())
+            .and_then(|()| {
+                Block::new(tensor.dtype, vec![tile.rows, tile.cols], elements.as_slice()).map_err(|e| e.to_string())
+            })
+            .unwrap_or_else(|e| {
+                error::raise(
+                    PgSqlErrorCode::ERRCODE_INVALID_BINARY_REPRESENTATION,
+                    format!("tensor \"{}\" cannot be tiled", tensor.name),
+                    &e,
+                    "",
+                )
+            });
+        let datum = fmgr::varlena_datum(&[&block.head(), block.data()]);
+        // SAFETY: a palloc'd tensor_block, freed below; SPI copies what it keeps.
+        unsafe {
+            let data = DatumWithOid::new(datum, block_type);
+            client.update(
+                &insert,
+                None,
+                &[id.into(), (tile.block_row as i32).into(), (tile.block_col as i32).into(), data],
+            )?;
+            pg_sys::pfree(datum.cast_mut_ptr());
+        }
+    }
+    Ok(())
+}
+
+/// Type of the column `tessera.weight.data`.
+fn block_type_oid() -> pg_sys::Oid {
+    const DATA: i16 = 4;
+    let weight = relation_oid(c"tessera", c"weight").unwrap_or(pg_sys::InvalidOid);
+    // SAFETY: syscache look-up in a transaction.
+    unsafe { pg_sys::get_atttype(weight, DATA) }
+}
+
+/// Makes `version` the active one.
+pub fn activate(name: &str, version: i32) {
+    lock_name(name);
+    as_owner(|client, caller| {
+        let model = find_owned(client, name, caller)?;
+        need_version(client, name, &model, version)?;
+        client.update(
+            "UPDATE tessera.model SET active_version = $2 WHERE id = $1",
+            None,
+            &[model.id.into(), version.into()],
+        )?;
+        Ok(())
+    })
+}
+
+fn need_version(client: &SpiClient<'_>, name: &str, model: &ModelRow, version: i32) -> Result<i64, SpiError> {
+    let rows = client.select(
+        "SELECT id FROM tessera.model_version WHERE model = $1 AND version = $2",
+        Some(1),
+        &[model.id.into(), version.into()],
+    )?;
+    if rows.is_empty() {
+        error::raise(
+            PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT,
+            format!("model \"{name}\" has no version {version}"),
+            "",
+            "See tessera.models for the versions that there are.",
+        );
+    }
+    Ok(rows.first().get_one()?.unwrap_or_default())
+}
+
+/// Gives the model another name.
+pub fn rename(name: &str, new_name: &str) {
+    check_name(new_name);
+    let (first, second) = if name < new_name { (name, new_name) } else { (new_name, name) };
+    lock_name(first);
+    lock_name(second);
+    as_owner(|client, caller| {
+        let model = find_owned(client, name, caller)?;
+        if find(client, new_name)?.is_some() {
+            error::raise(
+                PgSqlErrorCode::ERRCODE_DUPLICATE_OBJECT,
+                format!("model \"{new_name}\" already exists"),
+                "",
+                "Choose another name, or drop that model first.",
+            );
+        }
+        let rename =
+            format!("ALTER DOMAIN {} RENAME TO {}", domain_name(name), pgrx::spi::quote_identifier(new_name));
+        client.update(&rename, None, &[])?;
+        client.update("UPDATE tessera.model SET name = $2 WHERE id = $1", None, &[model.id.into(), new_name.into()])?;
+        Ok(())
+    })
+}
+
+/// Drops a model, or one version of it. The last version takes the model along.
+pub fn drop_model(spec: &ModelSpec<'_>) {
+    let name = spec.name;
+    lock_name(name);
+    as_owner(|client, caller| {
+        let model = find_owned(client, name, caller)?;
+        let versions: i64 = client
+            .select("SELECT count(*) FROM tessera.model_version WHERE model = $1", None, &[model.id.into()])?
+            .first()
+            .get_one()?
+            .unwrap_or_default();
+        match spec.version {
+            Some(version) => {
+                let id = need_version(client, name, &model, version)?;
+                if versions > 1 {
+                    if model.active == Some(version) {
+                        error::raise(
+                            PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
+                            format!("cannot drop version {version} of model \"{name}\" because it is the active one"),
+                            "",
+                            "Activate another version first, or drop the whole model.",
+                        );
+                    }
+                    return delete_versions(client, &[id]);
+                }
+            }
+            None => {}
+        }
+        // The rows go when the event trigger sees that the domain is gone: so it is also with DROP DOMAIN and DROP OWNED.
+        client.update(&format!("DROP DOMAIN {}", domain_name(name)), None, &[])?;
+        Ok(())
+    })
+}
+
+/// Removes the rows of models whose domains no longer exist. Called after a DROP.
+pub fn drop_orphans() {
+    as_owner(|client, _| {
+        let ids = column(
+            client,
+            "SELECT id FROM tessera.model m WHERE NOT EXISTS (SELECT FROM pg_type t WHERE t.oid = m.domain)",
+            &[],
+        )?;
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let versions =
+            column(client, "SELECT id FROM tessera.model_version WHERE model = ANY ($1)", &[ids.clone().into()])?;
+        delete_versions(client, &versions)?;
+        client.update("DELETE FROM tessera.model WHERE id = ANY ($1)", None, &[ids.into()])?;
+        Ok(())
+    })
+}
+
+fn column(client: &SpiClient<'_>, query: &str, args: &[DatumWithOid<'_>]) -> Result<Vec<i64>, SpiError> {
+    client.select(query, None, args)?.map(|row| row.get::<i64>(1).map(Option::unwrap_or_default)).collect()
+}
+
+fn delete_versions(client: &mut SpiClient<'_>, versions: &[i64]) -> Result<(), SpiError> {
+    let versions = versions.to_vec();
+    for query in [
+        "DELETE FROM tessera.weight WHERE tensor = ANY (ARRAY(SELECT id FROM tessera.tensor WHERE model_version = ANY ($1)))",
+        "DELETE FROM tessera.tensor WHERE model_version = ANY ($1)",
+        "DELETE FROM tessera.model_version WHERE id = ANY ($1)",
+    ] {
+        client.update(query, None, &[versions.clone().into()])?;
+    }
+    client.update(
+        "DELETE FROM tessera.graph g WHERE NOT EXISTS (SELECT FROM tessera.model_version v WHERE v.graph_hash = g.hash)",
+        None,
+        &[],
+    )?;
+    Ok(())
+}

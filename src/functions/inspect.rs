@@ -1,0 +1,111 @@
+//! Inspection: what a table's block store holds.
+
+use crate::pg::fmgr::{Call, sql_functions};
+use crate::pg::relation::{self, OpenRelation};
+use crate::pg::varlena;
+use crate::{pg::error, pg::interrupt, store};
+use pgrx::pg_sys;
+use pgrx::prelude::*;
+
+sql_functions!(store_totals);
+
+/// `tessera.store_totals(regclass)`: one row of counts, by a scan of the table's rows (not of its blocks).
+fn store_totals(call: &Call) -> pg_sys::Datum {
+    let oid: pg_sys::Oid = call.need(0, "relation");
+    let table = OpenRelation::table(oid, pg_sys::AccessShareLock);
+    // SAFETY: open relation; syscache look-ups.
+    let store_oid = unsafe {
+        check_readable(oid);
+        let am = pg_sys::get_am_name((*(*table.raw()).rd_rel).relam);
+        if am.is_null() || std::ffi::CStr::from_ptr(am) != c"tensor_block" {
+            error::raise(
+                PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE,
+                "relation has no block store",
+                "Its access method is not tensor_block.",
+                "Name a table that was created USING tensor_block.",
+            );
+        }
+        (*(*table.raw()).rd_rel).reltoastrelid
+    };
+    let (blocks, bytes, pages) = if store_oid == pg_sys::InvalidOid {
+        (0, 0, 0)
+    } else {
+        let store_rel = OpenRelation::table(store_oid, pg_sys::AccessShareLock);
+        let totals = store::totals(store_rel.raw());
+        debug_assert!(relation::pages(store_rel.raw()) >= totals.2);
+        totals
+    };
+    let (references, referenced_bytes) = count_references(table.raw(), store_oid);
+    record(
+        call,
+        &[
+            references as i64,
+            referenced_bytes as i64,
+            blocks as i64,
+            bytes as i64,
+            i64::from(pages) * pg_sys::BLCKSZ as i64,
+        ],
+    )
+}
+
+/// Only who may read a table learns what it holds; the extension's own are told in sum.
+unsafe fn check_readable(oid: pg_sys::Oid) {
+    if crate::pg::scan::relation_oid(c"tessera", c"weight") == Some(oid) {
+        return;
+    }
+    // SAFETY: syscache look-ups in a transaction.
+    let result = unsafe {
+        pg_sys::pg_class_aclcheck(oid, pg_sys::GetUserId(), pg_sys::ACL_SELECT as pg_sys::AclMode)
+    };
+    if result != pg_sys::AclResult::ACLCHECK_OK {
+        error::raise(
+            PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
+            "permission denied for relation",
+            "Its counts are shown to roles that may read it.",
+            "Ask its owner to GRANT SELECT.",
+        );
+    }
+}
+
+/// References from visible rows to the store, and the stored bytes that they stand for.
+fn count_references(table: pg_sys::Relation, store_oid: pg_sys::Oid) -> (u64, u64) {
+    let (mut references, mut bytes) = (0u64, 0u64);
+    // SAFETY: the table is open; scan and slot end below, or with the transaction on an ERROR.
+    unsafe {
+        let slot = pg_sys::table_slot_create(table, std::ptr::null_mut());
+        let scan = pg_sys::table_beginscan(table, pg_sys::GetActiveSnapshot(), 0, std::ptr::null_mut());
+        while pg_sys::table_scan_getnextslot(scan, pg_sys::ScanDirection::ForwardScanDirection, slot) {
+            interrupt::check();
+            pg_sys::slot_getallattrs(slot);
+            let desc = (*slot).tts_tupleDescriptor;
+            for i in 0..(*desc).natts as usize {
+                if *(*slot).tts_isnull.add(i) || (*crate::pg::tuple::attribute(desc, i)).attlen != -1 {
+                    continue;
+                }
+                let value = (*(*slot).tts_values.add(i)).cast_mut_ptr();
+                if let Some((reference, store)) = varlena::toast_pointer(value)
+                    && store == store_oid
+                {
+                    references += 1;
+                    bytes += u64::from(reference.stored_len());
+                }
+            }
+        }
+        pg_sys::table_endscan(scan);
+        pg_sys::ExecDropSingleTupleTableSlot(slot);
+    }
+    (references, bytes)
+}
+
+fn record(call: &Call, values: &[i64]) -> pg_sys::Datum {
+    // SAFETY: the SQL declaration gives the function's row type: as many bigint columns as there are values.
+    unsafe {
+        let mut desc = std::ptr::null_mut();
+        pg_sys::get_call_result_type(call.raw(), std::ptr::null_mut(), &mut desc);
+        let desc = pg_sys::BlessTupleDesc(desc);
+        let mut datums: Vec<pg_sys::Datum> = values.iter().map(|&v| pg_sys::Datum::from(v)).collect();
+        let mut nulls = vec![false; values.len()];
+        let tuple = pg_sys::heap_form_tuple(desc, datums.as_mut_ptr(), nulls.as_mut_ptr());
+        pg_sys::HeapTupleHeaderGetDatum((*tuple).t_data)
+    }
+}

@@ -1,0 +1,8 @@
+//! SQL functions and views. Each file has the functions of one subject; their SQL declarations stand in `sql/`.
+
+mod block_type;
+mod inspect;
+mod lifecycle;
+mod load;
+mod predict;
+pub mod settings;

@@ -1,0 +1,245 @@
+//! Prediction: arguments to tensors, the plan, outputs to values.
+//!
+//! Two caches per session. *Plans*, by content hash: never stale, the least recently used goes first. *Names*: what a model
+//! name means to a snapshot and a role, so that a row costs no look-up; an entry counts only while the active snapshot
+//! sees the same as when it was made.
+
+use super::settings;
+use crate::catalog::{self, ModelSpec};
+use crate::pg::fmgr::{Call, sql_functions, varlena_datum};
+use crate::pg::snapshot::SnapshotIdentity;
+use crate::pg::{array, compute, error, interrupt};
+use inference::array::{Element, from_rows, to_rows_f32};
+use inference::error::ModelError;
+use inference::json;
+use inference::plan::{CompileOptions, FetchTensor, Plan};
+use inference::signature::Port;
+use inference::tensor::HostTensor;
+use lru::LruCache;
+use pgrx::pg_sys;
+use pgrx::prelude::*;
+use std::cell::RefCell;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+sql_functions!(predict_real, predict_double, predict_integer, predict_bigint, predict_text, predict_jsonb);
+
+/// Names that a session remembers.
+const NAMES: NonZeroUsize = NonZeroUsize::new(256).expect("not zero");
+
+struct Name {
+    seen_by: SnapshotIdentity,
+    user: pg_sys::Oid,
+    content_hash: [u8; 32],
+    plan: Arc<Plan>,
+}
+
+thread_local! {
+    static PLANS: RefCell<LruCache<[u8; 32], Arc<Plan>>> = RefCell::new(LruCache::unbounded());
+    static NAMED: RefCell<LruCache<String, Name>> = RefCell::new(LruCache::new(NAMES));
+}
+
+/// The plan of the model that `spec` names, for the active snapshot and the current role.
+fn plan_of(spec: &str) -> Arc<Plan> {
+    let seen_by = SnapshotIdentity::active();
+    let user = crate::pg::identity::current_user();
+    let known = NAMED.with_borrow_mut(|names| {
+        names
+            .get(spec)
+            .filter(|name| name.seen_by == seen_by && name.user == user)
+            .map(|name| name.plan.clone())
+    });
+    if let Some(plan) = known {
+        return plan;
+    }
+    let version = catalog::resolve(&ModelSpec::parse(spec));
+    let cached = PLANS.with_borrow_mut(|plans| plans.get(&version.content_hash).cloned());
+    let plan = cached.unwrap_or_else(|| {
+        let graph = catalog::graph(&version.graph_hash);
+        let tensors = catalog::tensors(version.id);
+        let mut fetch = |ordinal: u32, out: &mut Vec<u8>| {
+            let tensor = tensors
+                .get(ordinal as usize)
+                .ok_or_else(|| ModelError::internal(format!("tensor {ordinal} of the graph is not stored")))?;
+            catalog::read_tensor(tensor, out);
+            Ok(())
+        };
+        let plan = compile(&graph, &mut fetch);
+        remember(version.content_hash, plan.clone());
+        plan
+    });
+    let name = Name { seen_by, user, content_hash: version.content_hash, plan: plan.clone() };
+    NAMED.with_borrow_mut(|names| names.put(spec.to_owned(), name));
+    plan
+}
+
+/// Compiles a plan; the work is done on the compute thread, so that it can be cancelled.
+pub fn compile(graph: &[u8], fetch: &mut FetchTensor<'_>) -> Arc<Plan> {
+    compute::start();
+    let options = CompileOptions { memory_limit: settings::max_prediction_bytes(), ..CompileOptions::default() };
+    let plan = Plan::compile_interruptible(graph, fetch, &options, &mut interrupt::should_stop);
+    Arc::new(plan.unwrap_or_else(|e| interrupt::raise_or_model(e)))
+}
+
+/// Keeps a plan for this session, and lets the least recently used ones go.
+pub fn remember(content_hash: [u8; 32], plan: Arc<Plan>) {
+    PLANS.with_borrow_mut(|plans| {
+        plans.put(content_hash, plan);
+    });
+    shrink();
+}
+
+fn shrink() {
+    let evicted = PLANS.with_borrow_mut(|plans| {
+        let limit = settings::plan_cache_bytes();
+        let mut total: u64 = plans.iter().map(|(_, plan)| plan.memory_bytes()).sum();
+        let mut evicted = Vec::new();
+        while total > limit && plans.len() > 1 {
+            let Some((hash, plan)) = plans.pop_lru() else { break };
+            total -= plan.memory_bytes().min(total);
+            evicted.push(hash);
+        }
+        evicted
+    });
+    if !evicted.is_empty() {
+        NAMED.with_borrow_mut(|names| {
+            let gone: Vec<String> = names
+                .iter()
+                .filter(|(_, name)| evicted.contains(&name.content_hash))
+                .map(|(spec, _)| spec.clone())
+                .collect();
+            for spec in gone {
+                names.pop(&spec);
+            }
+        });
+    }
+}
+
+/// Runs the plan: in place when that is quick, else on the compute thread while this one listens for interrupts.
+fn run(plan: &Arc<Plan>, inputs: Vec<(String, HostTensor)>) -> Vec<(String, HostTensor)> {
+    static GO_ON: AtomicBool = AtomicBool::new(false);
+    interrupt::check();
+    let result = if plan.is_heavy(&inputs) {
+        compute::start();
+        let (plan, memory) = (plan.clone(), plan.memory_bytes());
+        let shared = plan.clone();
+        let result = inference::worker::run_interruptible(
+            move |cancel| plan.run(inputs, cancel),
+            &mut interrupt::should_stop,
+        );
+        if shared.memory_bytes() != memory {
+            shrink();
+        }
+        result
+    } else {
+        plan.run(inputs, &GO_ON)
+    };
+    result.unwrap_or_else(|e| interrupt::raise_or_model(e))
+}
+
+/// The only input of a model, for the array forms.
+fn only_input<'p>(plan: &'p Plan, spec: &str) -> &'p Port {
+    let inputs = &plan.signature().inputs;
+    match inputs.as_slice() {
+        [port] => port,
+        _ => error::raise(
+            PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
+            format!("model \"{spec}\" has {} inputs, and an array is one", inputs.len()),
+            &format!("It takes {}.", plan.signature().inputs_text()),
+            "Name the inputs: predict(model, '{\"input\": [...], ...}'::jsonb).",
+        ),
+    }
+}
+
+/// One row, or the rows of a two-dimensional array, through the model; the first output, flattened per row.
+fn predict_rows<T: Element>(spec: &str, dims: &[usize], values: &[T]) -> pg_sys::Datum {
+    let plan = plan_of(spec);
+    let port = only_input(&plan, spec);
+    let (rows, width) = match dims {
+        [] => (1, 0),
+        [width] => (1, *width),
+        [rows, rest @ ..] => (*rows, rest.iter().product()),
+    };
+    let predict = |rows: usize, values: &[T]| {
+        let input = from_rows(port, rows, width, values).unwrap_or_else(|e| error::raise_model(e));
+        let outputs = run(&plan, vec![(port.name.clone(), input)]);
+        let Some((_, first)) = outputs.first() else {
+            error::not_supported("the model has no output", "Load a model with at least one output.")
+        };
+        to_rows_f32(first, rows).unwrap_or_else(|e| error::raise_model(e))
+    };
+    if dims.len() < 2 {
+        let (_, out) = predict(1, values);
+        return array::from_f32(&[out.len()], &out);
+    }
+    if plan.batch_is_free() {
+        let (out_width, out) = predict(rows, values);
+        return array::from_f32(&[rows, out_width], &out);
+    }
+    // A model whose batch is fixed takes one row at a time.
+    let (mut out, mut out_width) = (Vec::new(), 0);
+    for row in values.chunks_exact(width.max(1)) {
+        let (w, mut values) = predict(1, row);
+        if !out.is_empty() && w != out_width {
+            error::raise(
+                PgSqlErrorCode::ERRCODE_ARRAY_ELEMENT_ERROR,
+                "the rows' outputs differ in length and make no array",
+                &format!("One has {out_width} values, another {w}."),
+                "Predict row by row.",
+            );
+        }
+        out_width = w;
+        out.append(&mut values);
+    }
+    array::from_f32(&[rows, out_width], &out)
+}
+
+fn predict_array<T: Element + array::Fixed>(call: &Call) -> pg_sys::Datum {
+    let spec: &str = call.need(0, "model");
+    let Some(datum) = call.datum(1) else { return call.null() };
+    array::with_elements::<T, _>(datum, |dims, values| predict_rows(spec, dims, values))
+}
+
+fn predict_real(call: &Call) -> pg_sys::Datum {
+    predict_array::<f32>(call)
+}
+
+fn predict_double(call: &Call) -> pg_sys::Datum {
+    predict_array::<f64>(call)
+}
+
+fn predict_integer(call: &Call) -> pg_sys::Datum {
+    predict_array::<i32>(call)
+}
+
+fn predict_bigint(call: &Call) -> pg_sys::Datum {
+    predict_array::<i64>(call)
+}
+
+/// Takes what has no type: an array literal such as `'{1,2}'`.
+fn predict_text(call: &Call) -> pg_sys::Datum {
+    let spec: &str = call.need(0, "model");
+    let text: &str = call.need(1, "input");
+    let trimmed = text.trim_start();
+    let inner = trimmed.strip_prefix('{').unwrap_or(trimmed).trim_start();
+    if !trimmed.starts_with('{') || inner.starts_with('"') && inner.contains(':') {
+        error::raise(
+            PgSqlErrorCode::ERRCODE_INVALID_TEXT_REPRESENTATION,
+            "input of predict is no array literal",
+            "A value without a type is read as an array of numbers.",
+            "Write '{1,2,3}' for one row, '{{1,2},{3,4}}' for several, or cast to jsonb for named inputs.",
+        );
+    }
+    array::with_elements::<f64, _>(array::parse_f64(text), |dims, values| predict_rows(spec, dims, values))
+}
+
+fn predict_jsonb(call: &Call) -> pg_sys::Datum {
+    let spec: &str = call.need(0, "model");
+    let plan = plan_of(spec);
+    let inputs: pgrx::JsonB = call.need(1, "inputs");
+    let inputs = json::inputs_from_json(plan.signature(), &inputs.0).unwrap_or_else(|e| error::raise_model(e));
+    let outputs = run(&plan, inputs);
+    let value = json::outputs_to_json(&outputs).unwrap_or_else(|e| error::raise_model(e));
+    pgrx::JsonB(value).into_datum().unwrap_or_else(|| varlena_datum(&[]))
+}

@@ -1,0 +1,45 @@
+//! Settings (GUCs).
+
+use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
+
+static PLAN_CACHE_SIZE: GucSetting<i32> = GucSetting::<i32>::new(256 * 1024);
+static MAX_PREDICTION_MEMORY: GucSetting<i32> = GucSetting::<i32>::new(2 * 1024 * 1024);
+
+/// Registers the settings. Called once, when the library is loaded.
+pub fn init() {
+    GucRegistry::define_int_guc(
+        c"tessera.plan_cache_size",
+        c"Sets the memory that a session may keep for compiled models.",
+        c"The least recently used plan goes first; one is always kept. Raise it when a session alternates between more models than fit, which tessera shows as slow first predictions.",
+        &PLAN_CACHE_SIZE,
+        0,
+        i32::MAX,
+        GucContext::Userset,
+        GucFlags::UNIT_KB,
+    );
+    GucRegistry::define_int_guc(
+        c"tessera.max_prediction_memory",
+        c"Sets the memory above which one prediction is refused.",
+        c"An estimate from the shapes of all intermediate values, made before the prediction runs: an error is better than a server that runs out of memory. Raise it for large inputs on a server with memory to spare.",
+        &MAX_PREDICTION_MEMORY,
+        1024,
+        i32::MAX,
+        GucContext::Suset,
+        GucFlags::UNIT_KB,
+    );
+    #[cfg(not(feature = "pg14"))]
+    // SAFETY: a static string; after all settings with this prefix are defined.
+    unsafe {
+        pgrx::pg_sys::MarkGUCPrefixReserved(c"tessera".as_ptr())
+    };
+}
+
+/// Bytes that a session may keep for compiled models.
+pub fn plan_cache_bytes() -> u64 {
+    PLAN_CACHE_SIZE.get() as u64 * 1024
+}
+
+/// Bytes above which one prediction is refused.
+pub fn max_prediction_bytes() -> u64 {
+    MAX_PREDICTION_MEMORY.get() as u64 * 1024
+}

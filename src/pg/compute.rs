@@ -1,0 +1,25 @@
+//! The compute thread of this backend, which knows no PostgreSQL.
+
+use super::error;
+
+/// Makes the thread if there is none, with every signal blocked in it: PostgreSQL's handlers belong to the main thread.
+pub fn start() {
+    let result = with_signals_blocked(inference::worker::start);
+    if let Err(e) = result {
+        error::raise_model(e);
+    }
+}
+
+/// A new thread inherits the mask of the one that makes it.
+fn with_signals_blocked<T>(f: impl FnOnce() -> T) -> T {
+    // SAFETY: plain calls on this thread's mask, restored before returning; `f` neither raises nor calls PostgreSQL.
+    unsafe {
+        let mut all = std::mem::zeroed::<libc::sigset_t>();
+        let mut before = std::mem::zeroed::<libc::sigset_t>();
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+        let result = f();
+        libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
+        result
+    }
+}

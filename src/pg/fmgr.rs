@@ -1,0 +1,123 @@
+//! SQL-callable functions in the server's own calling convention, for which the SQL is written by hand in `sql/`.
+
+use pgrx::pg_sys;
+use pgrx::prelude::*;
+
+/// `MaxAllocSize` (memutils.h), which has no binding: a value has at most 1 GB - 1.
+pub const MAX_ALLOC: usize = 0x3fff_ffff;
+
+/// Arguments of one call.
+pub struct Call {
+    fcinfo: pg_sys::FunctionCallInfo,
+}
+
+impl Call {
+    /// # Safety
+    /// `fcinfo` is that of the running call.
+    pub unsafe fn new(fcinfo: pg_sys::FunctionCallInfo) -> Call {
+        Call { fcinfo }
+    }
+
+    /// Number of arguments.
+    pub fn nargs(&self) -> usize {
+        // SAFETY: the call is running.
+        unsafe { (*self.fcinfo).nargs as usize }
+    }
+
+    /// Argument `n` as it came, not detoasted; `None` for NULL and where there is no such argument.
+    pub fn datum(&self, n: usize) -> Option<pg_sys::Datum> {
+        if n >= self.nargs() {
+            return None;
+        }
+        // SAFETY: the call is running and has this argument.
+        unsafe {
+            let arg = (*self.fcinfo).args.as_ptr().add(n).read();
+            (!arg.isnull).then_some(arg.value)
+        }
+    }
+
+    /// Argument `n` converted; `None` for NULL.
+    pub fn get<T: FromDatum>(&self, n: usize) -> Option<T> {
+        // SAFETY: the SQL declaration of the function says that the argument has this type.
+        self.datum(n).and_then(|datum| unsafe { T::from_datum(datum, false) })
+    }
+
+    /// Argument `n` of a function that is STRICT, or whose callers may not pass NULL there.
+    pub fn need<T: FromDatum>(&self, n: usize, name: &str) -> T {
+        self.get(n).unwrap_or_else(|| missing(name))
+    }
+
+    /// Bytes of a varlena argument (bytea, text, tensor_block), detoasted; they live until the call's context is reset.
+    pub fn bytes(&self, n: usize) -> Option<&[u8]> {
+        // SAFETY: the SQL declaration says that the argument is a varlena; the copy, if one is made, is palloc'd.
+        self.datum(n).map(|datum| unsafe {
+            super::varlena::payload(pg_sys::pg_detoast_datum_packed(datum.cast_mut_ptr()))
+        })
+    }
+
+    /// Returns SQL NULL.
+    pub fn null(&self) -> pg_sys::Datum {
+        // SAFETY: the call is running.
+        unsafe { (*self.fcinfo).isnull = true };
+        pg_sys::Datum::from(0)
+    }
+
+    /// The raw call.
+    pub fn raw(&self) -> pg_sys::FunctionCallInfo {
+        self.fcinfo
+    }
+}
+
+/// Raises the ERROR for an argument that is NULL and may not be.
+pub fn missing(name: &str) -> ! {
+    super::error::raise(
+        PgSqlErrorCode::ERRCODE_NULL_VALUE_NOT_ALLOWED,
+        format!("argument \"{name}\" must not be null"),
+        "",
+        "Pass a value.",
+    )
+}
+
+/// Makes a Rust function `fn(&Call) -> pg_sys::Datum` callable from SQL under its own name.
+macro_rules! sql_functions {
+    ($($name:ident),* $(,)?) => {$(
+        const _: () = {
+            #[unsafe(export_name = concat!("pg_finfo_tessera_", stringify!($name)))]
+            extern "C-unwind" fn info() -> &'static pgrx::pg_sys::Pg_finfo_record {
+                const V1: pgrx::pg_sys::Pg_finfo_record = pgrx::pg_sys::Pg_finfo_record { api_version: 1 };
+                &V1
+            }
+            #[unsafe(export_name = concat!("tessera_", stringify!($name)))]
+            #[pgrx::pg_guard]
+            unsafe extern "C-unwind" fn call(fcinfo: pgrx::pg_sys::FunctionCallInfo) -> pgrx::pg_sys::Datum {
+                // SAFETY: the server passes the call's own arguments.
+                $name(&unsafe { $crate::pg::fmgr::Call::new(fcinfo) })
+            }
+        };
+    )*};
+}
+pub(crate) use sql_functions;
+
+/// A varlena of `bytes` in the current memory context.
+pub fn varlena_datum(parts: &[&[u8]]) -> pg_sys::Datum {
+    let len: usize = parts.iter().map(|p| p.len()).sum();
+    if len + super::varlena::VARHDRSZ > MAX_ALLOC {
+        super::error::raise(
+            PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+            "value is larger than the 1 GB that a column value can have",
+            &format!("It has {len} bytes."),
+            "Use a large object, or smaller pieces.",
+        );
+    }
+    // SAFETY: palloc'd with room for the header and all parts.
+    unsafe {
+        let datum = pg_sys::palloc(len + super::varlena::VARHDRSZ).cast::<pg_sys::varlena>();
+        pgrx::set_varsize_4b(datum, (len + super::varlena::VARHDRSZ) as i32);
+        let mut at = datum.cast::<u8>().add(super::varlena::VARHDRSZ);
+        for part in parts {
+            std::ptr::copy_nonoverlapping(part.as_ptr(), at, part.len());
+            at = at.add(part.len());
+        }
+        pg_sys::Datum::from(datum)
+    }
+}
