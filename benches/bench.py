@@ -15,13 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "scripts" / "models"), str(ROOT / "pg_test")]
 
 from cluster import Cluster, Database  # noqa: E402
-from helpers import onnx_file  # noqa: E402
+from helpers import onnx_file, unlike  # noqa: E402
 from paths import MODELS  # noqa: E402
 
 # One session a backend and model, one thread, as one PostgreSQL backend has.
@@ -32,13 +30,13 @@ PYTHON_SESSION = """
         options.intra_op_num_threads = 1
         SD["session"] = onnxruntime.InferenceSession("{path}", options, providers=["CPUExecutionProvider"])
         SD["numpy"] = numpy
-    x = SD["numpy"].array(x, dtype="float32")
+    rows = SD["numpy"].array(x, dtype="float32")
 """
 PYTHON_ROW = "CREATE FUNCTION python_{model}(x real[]) RETURNS real[] LANGUAGE plpython3u AS $$" + PYTHON_SESSION + """
-    return SD["session"].run(None, {{"x": x[None]}})[0][0].tolist()
+    return SD["session"].run(None, {{"x": rows[None]}})[0][0].tolist()
 $$"""
 PYTHON_ROWS = "CREATE FUNCTION python_{model}_rows(x real[]) RETURNS real[] LANGUAGE plpython3u AS $$" + PYTHON_SESSION + """
-    return SD["session"].run(None, {{"x": x}})[0].tolist()
+    return SD["session"].run(None, {{"x": rows}})[0].tolist()
 $$"""
 
 ROW = "SELECT sum(p[1]::float8) FROM (SELECT {call} AS p FROM {table} OFFSET 0) AS answers"
@@ -70,7 +68,7 @@ class Way:
 
 def predictions(conn, model: str, width: int, rows: int) -> list[Way]:
     table = f"rows_{model}"
-    conn.execute(f"CREATE TABLE {table} AS SELECT id, (SELECT array_agg(((id * 31 + k * 17) % 256)::real / 256 - 0.5 ORDER BY k)"
+    conn.execute(f"CREATE TABLE {table} AS SELECT id, (SELECT array_agg((((id * 31 + k * 17) % 256) / 256.0 - 0.5)::real ORDER BY k)"
                  f" FROM generate_series(1, {width}) AS k WHERE id >= 0) AS x FROM generate_series(0, {rows - 1}) AS id")
     conn.execute(f"VACUUM (ANALYZE) {table}")
     conn.execute("SELECT load_model(%s, %b)", (model, onnx_file(model)))
@@ -91,15 +89,10 @@ def predictions(conn, model: str, width: int, rows: int) -> list[Way]:
 
 def loads(conn, model: str) -> list[Way]:
     """Each round brings weights that no earlier one had: a dropped model's blocks stay until VACUUM sweeps them."""
-    parsed = onnx.load_model_from_string(onnx_file(model))
 
     @functools.lru_cache(maxsize=1)
     def content(turn: int) -> tuple[bytes]:
-        for tensor in parsed.graph.initializer:
-            raw = bytearray(tensor.raw_data)
-            raw[::512] = bytes([turn]) * len(raw[::512])  # a byte in each row of a block
-            tensor.raw_data = bytes(raw)
-        return (parsed.SerializeToString(),)
+        return (unlike(model, turn),)
 
     conn.execute("CREATE TABLE files (content bytea)")
     conn.execute("CREATE TABLE files_external (content bytea)")

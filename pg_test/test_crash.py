@@ -45,7 +45,7 @@ def work(cluster: Cluster, name: str, content: bytes) -> bool:
 
 
 PREDICT_INPUT = """CREATE FUNCTION predict_input(seed text) RETURNS real[] LANGUAGE sql IMMUTABLE AS
-    'SELECT array_agg(((hashtext(seed) %% 1000 + i) %% 256)::real / 256 ORDER BY i) FROM generate_series(1, 1024) AS i'"""
+    'SELECT array_agg((((hashtext(seed) %% 1000 + i) %% 256) / 256.0)::real ORDER BY i) FROM generate_series(1, 1024) AS i'"""
 
 
 def test_kill_during_loads(crashing, tmp_path):

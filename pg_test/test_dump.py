@@ -7,7 +7,7 @@ from helpers import assert_answers, load, storage
 
 pytestmark = pytest.mark.newer
 
-MODELS = ["fraud_fc_256", "cnn", "minilm", "vad"]
+MODELS = ["fraud_fc_256", "cnn", "minilm", "ocr_turn", "sk_logistic"]
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ import time
 import psycopg
 import pytest
 
-from helpers import assert_answers, load
-from paths import MODELS
+from helpers import assert_answers, load, unlike
 
 LIMIT = 0.5
 PREDICTIONS = {
@@ -23,10 +22,6 @@ def models(db):
     with db.connect() as conn:
         for name in ("slow_operator", "slow_chain", "big_mlp", "fraud_fc_256"):
             load(conn, name)
-
-
-def load_big() -> str:
-    return f"SELECT load_model_from_file('loading', '{(MODELS / 'big_mlp_2.onnx').resolve()}')"
 
 
 def cancelled_after(conn: psycopg.Connection, sql: str, seconds: float) -> float:
@@ -70,15 +65,20 @@ def test_prediction(conn, kind, way):
 
 
 @pytest.mark.parametrize("way", [cancelled_after, timed_out_after])
-def test_load(db, conn, way):
-    """At several moments of a load of 100 MB; nothing of the model is left."""
+def test_load(conn, folder, way):
+    """At several moments of a load of 100 MB of new weights; nothing of the model is left."""
+    path = folder / "model.onnx"
+    load_big = f"SELECT load_model_from_file('loading', '{path}')"
+    first = 1 if way is cancelled_after else 101
+    path.write_bytes(unlike("big_mlp", first))
     conn.execute("BEGIN")
     started = time.monotonic()
-    conn.execute(load_big())
+    conn.execute(load_big)
     whole = time.monotonic() - started
     conn.execute("ROLLBACK")
-    for part in (0.05, 0.3, 0.6):
-        late = way(conn, load_big(), whole * part)
+    for turn, part in enumerate((0.05, 0.25, 0.5), start=first + 1):
+        path.write_bytes(unlike("big_mlp", turn))
+        late = way(conn, load_big, whole * part)
         assert late < LIMIT, f"after {part:.0%} of the load: it went on for {late:.2f} s"
         assert conn.execute("SELECT count(*) FROM tessera.models WHERE name = 'loading'").fetchone()[0] == 0
 

@@ -13,7 +13,7 @@ CREATE FUNCTION value(i int) RETURNS real[] LANGUAGE sql IMMUTABLE AS
     'SELECT array_agg(((i * 7919 + k) % 4093)::real ORDER BY k) FROM generate_series(1, 4096) AS k';
 INSERT INTO w SELECT i, 'row ' || i, value(i % 10)::tensor_block FROM generate_series(1, 100) AS i;
 """
-WRONG = "SELECT count(*) FROM w WHERE data::real[] IS DISTINCT FROM value(id % 10) OR note <> 'row ' || id"
+WRONG = "SELECT count(*) FROM w WHERE data::real[] IS DISTINCT FROM value((id % 10)::int) OR note <> 'row ' || id"
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def test_shared_blocks_of_a_tensor(conn):
     assert dict(conn.execute(sql).fetchall()) == {"w0": True, "b0": True, "w1": False, "b1": False}
 
 
-BLOCK = "(SELECT array_agg((i * 37 %% 1001)::real / 8 ORDER BY i) FROM generate_series(1, 16384) AS i)::tensor_block"
+BLOCK = "(SELECT array_agg(((i * 37 %% 1001) / 8.0)::real ORDER BY i) FROM generate_series(1, 16384) AS i)::tensor_block"
 
 
 def test_two_sessions_one_block(fresh):

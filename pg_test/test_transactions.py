@@ -107,14 +107,30 @@ def test_first_of_two_loads_rolls_back(db, outputs):
         assert close(answer(one), outputs[1])
 
 
-def test_loads_of_two_names_do_not_wait(db):
+def test_loads_of_two_models_do_not_wait(db):
     with db.connect(autocommit=False) as one, db.connect(autocommit=False) as two:
         load(one, "a", "fraud_fc_256")
-        Background(load, two, "b", "fraud_fc_256").result(timeout=10)
-        two.commit()
+        other = Background(load, two, "b", "cnn")
+        waited = other.waits(10)
         one.commit()
+        other.result()
+        two.commit()
+        assert not waited
         assert_answers(one, "a", "fraud_fc_256", 7)
-        assert_answers(two, "b", "fraud_fc_256", 7)
+        assert_answers(two, "b", "cnn", 7)
+
+
+def test_loads_of_one_model_under_two_names(db):
+    """They share a graph and blocks: the second may wait for the first, and is whole whether that commits or not."""
+    for end in ("commit", "rollback"):
+        with db.connect(autocommit=False) as one, db.connect(autocommit=False) as two:
+            load(one, f"a_{end}", "encoder_fc")
+            other = Background(load, two, f"b_{end}", "encoder_fc")
+            other.waits()
+            getattr(one, end)()
+            other.result()
+            two.commit()
+            assert_answers(two, f"b_{end}", "encoder_fc", 7)
 
 
 def test_predictions_do_not_wait_for_a_load(db, outputs):

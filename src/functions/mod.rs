@@ -6,3 +6,7 @@ mod lifecycle;
 mod load;
 mod predict;
 pub mod settings;
+
+#[cfg(any(test, feature = "pg_test"))]
+#[pgrx::pg_schema]
+mod tests;

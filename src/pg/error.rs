@@ -28,8 +28,30 @@ pub fn raise_model(error: ModelError) -> ! {
         sqlstate(&error.kind),
         error.message,
         error.detail.as_deref().unwrap_or(""),
-        error.hint.as_deref().unwrap_or(""),
+        error.hint.as_deref().unwrap_or_else(|| way_out(&error.kind)),
     )
+}
+
+/// What a user can do about an error of this kind that says nothing more particular.
+fn way_out(kind: &ErrorKind) -> &'static str {
+    match kind {
+        ErrorKind::NotOnnx => "Give the bytes of an .onnx file.",
+        ErrorKind::Truncated => "Transfer the file again; check that it was written to its end.",
+        ErrorKind::InvalidModel => "Check the file with onnx.checker, and export the model again, if possible for a plain batch.",
+        ErrorKind::UnsupportedOperator | ErrorKind::UnsupportedOpset => {
+            "Export the model for another opset, or without that operator."
+        }
+        ErrorKind::UnsupportedType => "Export the model with another element type, such as float32.",
+        ErrorKind::ExternalDataMissing => "Put the external data files beside the model, as they were exported.",
+        ErrorKind::ExternalDataOutside => "Keep external data files in the folder of the model.",
+        ErrorKind::TooLarge => "Predict fewer rows at a time, or raise tessera.max_prediction_memory.",
+        ErrorKind::InvalidInput | ErrorKind::MissingInput | ErrorKind::UnknownInput => {
+            "See tessera.model_inputs for what the model takes."
+        }
+        ErrorKind::NotANumber | ErrorKind::OutOfRange => "Give values that the input's element type can hold.",
+        ErrorKind::Cancelled => "",
+        ErrorKind::Internal => "Please report this with the model, if it can be shared.",
+    }
 }
 
 /// The SQLSTATE on which a client would branch.

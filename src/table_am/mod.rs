@@ -14,6 +14,10 @@ mod scan;
 mod slot;
 mod toaster;
 
+#[cfg(any(test, feature = "pg_test"))]
+#[pgrx::pg_schema]
+mod tests;
+
 use pgrx::pg_sys;
 
 /// heapam's routine, to which the callbacks bridge.

@@ -270,6 +270,8 @@ fn difference(outputs: &[HostTensor], expected: &[HostTensor]) -> Option<String>
         let relative = if wanted.dtype == PortType::Fixed(DType::Float16) { 2e-3 } else { 1e-4 };
         for (place, (a, b)) in left.iter().zip(&right).enumerate() {
             let near = (a - b).abs() <= relative * (0.1 * largest + b.abs());
+            // The bounds of ONNX's own runner: some expected values are written with few digits.
+            let near = near || (a - b).abs() <= 1e-7 + 1e-3 * b.abs();
             let near = near || a == b || (a.is_nan() && b.is_nan());
             let near = if wanted.dtype.is_float() { near } else { a == b };
             if !near {

@@ -8,6 +8,7 @@
 //! for a fault of ours.
 
 use std::fmt;
+use tensor_blocks::TilingError;
 
 /// What went wrong, at the grain at which a client would branch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -62,7 +63,12 @@ pub struct ModelError {
 impl ModelError {
     /// An error without detail and hint.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> ModelError {
-        ModelError { kind, message: message.into(), detail: None, hint: None }
+        ModelError {
+            kind,
+            message: message.into(),
+            detail: None,
+            hint: None,
+        }
     }
 
     /// The same error with this detail.
@@ -123,16 +129,41 @@ impl fmt::Display for ModelError {
 
 impl std::error::Error for ModelError {}
 
+impl From<TilingError> for ModelError {
+    /// A size that cannot be stored is the model's; everything else was a wrong call.
+    fn from(error: TilingError) -> ModelError {
+        match error {
+            TilingError::TooLarge { .. } | TilingError::TooManyTiles { .. } => {
+                ModelError::too_large("a tensor is too large").detail(format!("{error}."))
+            }
+            _ => ModelError::internal(error.to_string()),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn carries_what_ereport_wants() {
-        let error = ModelError::truncated("the file is cut off").detail("It has 3 bytes.").hint("Copy it again.");
+        let error = ModelError::truncated("the file is cut off")
+            .detail("It has 3 bytes.")
+            .hint("Copy it again.");
         assert_eq!(error.kind, ErrorKind::Truncated);
         assert_eq!(error.to_string(), "the file is cut off (It has 3 bytes.)");
         assert_eq!(error.hint.as_deref(), Some("Copy it again."));
         assert_eq!(ModelError::cancelled("stopped").detail, None);
+        let large = TilingError::TooManyTiles {
+            rows: 1,
+            cols: 1,
+            tile_rows: 1,
+            tile_cols: 1,
+        };
+        assert_eq!(ModelError::from(large).kind, ErrorKind::TooLarge);
+        assert_eq!(
+            ModelError::from(TilingError::NoMatrix(3)).kind,
+            ErrorKind::Internal
+        );
     }
 }

@@ -83,6 +83,9 @@ mod tests {
         let expected = blake3::derive_key("pg_tessera tensor block v1", &stream);
         let hash = block_hash(DType::UInt8, &[1, 4], &[1, 2, 3, 4]);
         assert_eq!(hash.0, expected);
-        assert_eq!(hash.to_string(), "aadc88bdd5be5658365d18455fdc8514c161a15126838639cd4f8cb8ca2e9935");
+        assert_eq!(
+            hash.to_string(),
+            "aadc88bdd5be5658365d18455fdc8514c161a15126838639cd4f8cb8ca2e9935"
+        );
     }
 }

@@ -8,8 +8,11 @@ mod block;
 mod dtype;
 mod hash;
 mod tiling;
+mod transpose;
+mod view;
 
 pub use block::{Block, BlockError};
 pub use dtype::DType;
 pub use hash::{BlockHash, block_hash};
-pub use tiling::{Tile, Tiling, TilingError, View};
+pub use tiling::{Tile, Tiling, TilingError};
+pub use view::View;

@@ -22,45 +22,8 @@
 //! whole matrix, with one row as with a thousand, and loses from 32 kB downwards. So where a matrix is narrower or
 //! lower than the square tile, the other edge grows until the tile is as large as a block may be.
 
-use crate::DType;
-use serde::{Deserialize, Serialize};
-use std::fmt;
-
-/// How a tensor is seen as a matrix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum View {
-    /// (product of all dimensions but the last) x last: MatMul's K x N, embeddings, LSTM.
-    RowsByLast,
-    /// first x (product of the rest): Conv's O x (I kh kw).
-    RowsByFirst,
-    /// A rank-2 tensor stored N x K and seen as K x N: Gemm with transB = 1.
-    Transposed,
-}
-
-impl View {
-    /// "rows_by_last", "rows_by_first", "transposed".
-    pub const fn name(self) -> &'static str {
-        match self {
-            View::RowsByLast => "rows_by_last",
-            View::RowsByFirst => "rows_by_first",
-            View::Transposed => "transposed",
-        }
-    }
-
-    /// The view with this [`name`](View::name).
-    pub fn from_name(name: &str) -> Option<View> {
-        [View::RowsByLast, View::RowsByFirst, View::Transposed]
-            .into_iter()
-            .find(|view| view.name() == name)
-    }
-}
-
-impl fmt::Display for View {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
+use crate::transpose::{transpose, untranspose};
+use crate::{DType, View};
 
 /// Why a tensor cannot be tiled, or a tile cannot be copied.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -499,47 +462,6 @@ fn tile_edges(rows: u64, cols: u64, area: u32) -> (u32, u32) {
         square_rows
     };
     (tile_rows as u32, area / tile_rows as u32)
-}
-
-/// Edge in elements of the square that stays in the first-level cache while it is transposed.
-const TRANSPOSE_EDGE: usize = 16;
-
-/// `out[i * lines + j] = src[j * stride + i]` for i < run, j < lines, in elements of W bytes.
-fn transpose<const W: usize>(src: &[u8], stride: usize, out: &mut [u8], run: usize, lines: usize) {
-    let (src, out) = (src.as_chunks::<W>().0, out.as_chunks_mut::<W>().0);
-    for j0 in (0..lines).step_by(TRANSPOSE_EDGE) {
-        for i0 in (0..run).step_by(TRANSPOSE_EDGE) {
-            let n = TRANSPOSE_EDGE.min(run - i0);
-            for j in j0..(j0 + TRANSPOSE_EDGE).min(lines) {
-                let line = &src[j * stride + i0..][..n];
-                for (i, element) in line.iter().enumerate() {
-                    out[(i0 + i) * lines + j] = *element;
-                }
-            }
-        }
-    }
-}
-
-/// The inverse of [`transpose`]: `dst[j * stride + i] = block[i * lines + j]`.
-fn untranspose<const W: usize>(
-    block: &[u8],
-    dst: &mut [u8],
-    stride: usize,
-    run: usize,
-    lines: usize,
-) {
-    let (block, dst) = (block.as_chunks::<W>().0, dst.as_chunks_mut::<W>().0);
-    for j0 in (0..lines).step_by(TRANSPOSE_EDGE) {
-        for i0 in (0..run).step_by(TRANSPOSE_EDGE) {
-            let n = TRANSPOSE_EDGE.min(run - i0);
-            for j in j0..(j0 + TRANSPOSE_EDGE).min(lines) {
-                let line = &mut dst[j * stride + i0..][..n];
-                for (i, element) in line.iter_mut().enumerate() {
-                    *element = block[(i0 + i) * lines + j];
-                }
-            }
-        }
-    }
 }
 
 #[cfg(test)]

@@ -8,10 +8,11 @@
 //! - every tensor comes back in `raw_data`, at the place where writers of protobuf put it: a model that had its
 //!   tensors there in the usual form comes back byte for byte.
 
+use super::source::Source;
 use super::tensor_proto::{Layout, TensorProto, field};
 use super::walk::{Place, Visitor, Walk};
 use super::wire::{Piece, Rope, write_varint};
-use super::{LOCATION, StoredRef};
+use super::{Fetch, LOCATION, StoredRef};
 use crate::error::ModelError;
 use std::io::Write;
 use tensor_blocks::DType;
@@ -25,11 +26,7 @@ use tensor_blocks::DType;
 /// # Errors
 /// Those of `fetch`; `InvalidModel` if the graph is damaged; `Internal` if a tensor has not the length that the graph
 /// says, or `out` fails. An error of `out` that carries a [`ModelError`] is returned as that.
-pub fn merge(
-    graph: &[u8],
-    fetch: &mut dyn FnMut(u32, &mut Vec<u8>) -> Result<(), ModelError>,
-    out: &mut dyn Write,
-) -> Result<(), ModelError> {
+pub fn merge(graph: &[u8], fetch: &mut Fetch<'_>, out: &mut dyn Write) -> Result<(), ModelError> {
     let rope = merged(graph)?;
     let mut scratch = Vec::new();
     for piece in &rope.pieces {
@@ -45,8 +42,13 @@ pub fn merge(
                 scratch.clear();
                 fetch(*ordinal, &mut scratch)?;
                 if scratch.len() as u64 != *len {
-                    return Err(ModelError::internal(format!("tensor {ordinal} has a wrong length"))
-                        .detail(format!("It has {} bytes; the graph asks for {len}.", scratch.len())));
+                    return Err(ModelError::internal(format!(
+                        "tensor {ordinal} has a wrong length"
+                    ))
+                    .detail(format!(
+                        "It has {} bytes; the graph asks for {len}.",
+                        scratch.len()
+                    )));
                 }
                 &scratch[..]
             }
@@ -69,13 +71,17 @@ pub fn merged_len(graph: &[u8]) -> Result<u64, ModelError> {
 /// # Errors
 /// `InvalidModel` if the graph is damaged.
 pub fn stored_tensors(graph: &[u8]) -> Result<Vec<StoredRef>, ModelError> {
-    let mut walk = Walk::new(graph, Merge::default());
+    let mut check = || Ok(());
+    let source = Source::new(graph, &mut check);
+    let mut walk = Walk::new(&source, Merge::default());
     walk.model()?;
     Ok(walk.visitor.found)
 }
 
 fn merged(graph: &[u8]) -> Result<Rope, ModelError> {
-    let mut walk = Walk::new(graph, Merge::default());
+    let mut check = || Ok(());
+    let source = Source::new(graph, &mut check);
+    let mut walk = Walk::new(&source, Merge::default());
     walk.model()?;
     Ok(walk.rope)
 }
@@ -83,7 +89,9 @@ fn merged(graph: &[u8]) -> Result<Rope, ModelError> {
 fn write_error(error: std::io::Error) -> ModelError {
     match error.downcast::<ModelError>() {
         Ok(error) => error,
-        Err(error) => ModelError::internal("the model could not be written").detail(format!("{error}.")),
+        Err(error) => {
+            ModelError::internal("the model could not be written").detail(format!("{error}."))
+        }
     }
 }
 
@@ -106,22 +114,28 @@ impl<'a> Visitor<'a> for Merge {
 
     fn tensor(
         &mut self,
+        source: &Source<'a, '_>,
         rope: &mut Rope,
         number: u32,
         tensor: &TensorProto<'a>,
         _: Place<'_, 'a>,
     ) -> Result<bool, ModelError> {
-        let Some(ordinal) = ordinal(tensor) else { return Ok(false) };
+        let Some(ordinal) = ordinal(tensor) else {
+            return Ok(false);
+        };
         let (dtype, bytes): (DType, u64) = match tensor.layout()? {
             Layout::Fixed { dtype, bytes, .. } => (dtype, bytes),
             Layout::Strings { .. } => return Err(tensor.invalid("It has stored strings.".into())),
         };
-        self.found.push(StoredRef { ordinal, dtype, dims: tensor.dims.clone(), bytes });
-        tensor.rewrite(rope, number, field::RAW_DATA, |rope| rope.tensor(field::RAW_DATA, ordinal, bytes))?;
+        self.found.push(StoredRef {
+            ordinal,
+            dtype,
+            dims: tensor.dims.clone(),
+            bytes,
+        });
+        tensor.rewrite(source, rope, number, field::RAW_DATA, |rope| {
+            rope.tensor(field::RAW_DATA, ordinal, bytes)
+        })?;
         Ok(true)
-    }
-
-    fn advance(&mut self, _: usize) -> Result<(), ModelError> {
-        Ok(())
     }
 }

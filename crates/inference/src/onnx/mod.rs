@@ -21,7 +21,9 @@
 
 mod external;
 mod merge;
+mod source;
 mod strip;
+mod tensor_data;
 mod tensor_proto;
 mod views;
 mod walk;
@@ -31,6 +33,7 @@ pub use external::{ExternalData, FolderExternalData, NoExternalData};
 pub use merge::{merge, merged_len, stored_tensors};
 pub use strip::strip;
 
+use crate::error::ModelError;
 use std::borrow::Cow;
 use tensor_blocks::{DType, View};
 
@@ -63,6 +66,9 @@ pub struct StoredTensor<'a> {
     pub data: Cow<'a, [u8]>,
 }
 
+/// Fills an empty vector with the little-endian bytes of the tensor with this ordinal.
+pub type Fetch<'f> = dyn FnMut(u32, &mut Vec<u8>) -> Result<(), ModelError> + 'f;
+
 /// A stored graph's reference to one of its tensors.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredRef {
@@ -76,6 +82,8 @@ pub struct StoredRef {
     pub bytes: u64,
 }
 
+#[cfg(test)]
+mod data_tests;
 #[cfg(test)]
 mod hostile_tests;
 #[cfg(test)]

@@ -5,9 +5,9 @@
 //! Invariant: the view of a tensor follows from its graph alone, never from weights, so that equal architectures are
 //! tiled alike. Where consumers disagree, or there are none, it is rows by the last dimension.
 
-use super::tensor_proto::{malformed, text};
+use super::source::Source;
 use super::walk::NodeHead;
-use super::wire::{Fields, Value};
+use super::wire::Value;
 use crate::error::ModelError;
 use std::collections::HashMap;
 use std::ops::Range;
@@ -20,21 +20,18 @@ pub(super) struct Views<'a> {
 }
 
 impl<'a> Views<'a> {
-    /// Looks at the nodes of the graph that is `body` of `model`; `advance` is told of the bytes seen.
-    pub fn of_graph(
-        model: &'a [u8],
-        body: Range<usize>,
-        advance: &mut dyn FnMut(usize) -> Result<(), ModelError>,
-    ) -> Result<Views<'a>, ModelError> {
+    /// Looks at the nodes of the graph that is `body`.
+    pub fn of_graph(source: &Source<'a, '_>, body: Range<usize>) -> Result<Views<'a>, ModelError> {
         let mut views = Views::default();
         // First the wishes, which are few, then who disagrees with one.
         for pass in 0..2 {
-            for field in Fields::new(model, body.clone()) {
-                let field = field.map_err(|error| malformed(error, "GraphProto"))?;
-                let (1, Value::Bytes(node)) = (field.number, field.value) else { continue };
-                advance(node.len())?;
-                let wish = Wish::of_node(model, node.clone())?;
-                views.inputs(model, node, wish, pass == 1)?;
+            for field in source.fields(body.clone(), "GraphProto") {
+                let field = field?;
+                let (1, Value::Bytes(node)) = (field.number, field.value) else {
+                    continue;
+                };
+                let wish = Wish::of_node(source, node.clone())?;
+                views.inputs(source, node, wish, pass == 1)?;
             }
             if views.wanted.is_empty() {
                 break;
@@ -45,7 +42,7 @@ impl<'a> Views<'a> {
 
     fn inputs(
         &mut self,
-        model: &'a [u8],
+        source: &Source<'a, '_>,
         node: Range<usize>,
         wish: Option<Wish>,
         last_pass: bool,
@@ -54,12 +51,17 @@ impl<'a> Views<'a> {
             return Ok(());
         }
         let mut index = 0;
-        for field in Fields::new(model, node) {
-            let field = field.map_err(|error| malformed(error, "NodeProto"))?;
-            let (1, Value::Bytes(name)) = (field.number, field.value) else { continue };
-            let view = wish.as_ref().filter(|wish| wish.input == index).map(|wish| wish.view);
+        for field in source.fields(node, "NodeProto") {
+            let field = field?;
+            let (1, Value::Bytes(name)) = (field.number, field.value) else {
+                continue;
+            };
+            let view = wish
+                .as_ref()
+                .filter(|wish| wish.input == index)
+                .map(|wish| wish.view);
             index += 1;
-            let name = text(model, &name, "node input")?;
+            let name = source.text(&name, "node input")?;
             match (last_pass, view) {
                 (false, Some(view)) => {
                     self.wanted.entry(name).or_insert(view);
@@ -94,32 +96,47 @@ struct Wish {
 }
 
 impl Wish {
-    fn of_node(model: &[u8], body: Range<usize>) -> Result<Option<Wish>, ModelError> {
-        let node = NodeHead::parse(model, body.clone())?;
+    fn of_node(source: &Source<'_, '_>, body: Range<usize>) -> Result<Option<Wish>, ModelError> {
+        let node = NodeHead::parse(source, body.clone())?;
         let any = |names: &[&str]| names.iter().any(|name| node.is_onnx(name));
         Ok(if any(&["Conv", "ConvTranspose", "ConvInteger"]) {
-            Some(Wish { input: 1, view: View::RowsByFirst })
+            Some(Wish {
+                input: 1,
+                view: View::RowsByFirst,
+            })
         } else if any(&["QLinearConv"]) {
-            Some(Wish { input: 3, view: View::RowsByFirst })
-        } else if any(&["Gemm"]) && integer_attribute(model, body, "transB")? == Some(1) {
-            Some(Wish { input: 1, view: View::Transposed })
+            Some(Wish {
+                input: 3,
+                view: View::RowsByFirst,
+            })
+        } else if any(&["Gemm"]) && integer_attribute(source, body, "transB")? == Some(1) {
+            Some(Wish {
+                input: 1,
+                view: View::Transposed,
+            })
         } else {
             None
         })
     }
 }
 
-/// The integer attribute `name` of the node that is `body` of `model`.
-fn integer_attribute(model: &[u8], body: Range<usize>, name: &str) -> Result<Option<u64>, ModelError> {
+/// The integer attribute `name` of the node that is `body`.
+fn integer_attribute(
+    source: &Source<'_, '_>,
+    body: Range<usize>,
+    name: &str,
+) -> Result<Option<u64>, ModelError> {
     let mut found = None;
-    for field in Fields::new(model, body) {
-        let field = field.map_err(|error| malformed(error, "NodeProto"))?;
-        let (5, Value::Bytes(attribute)) = (field.number, field.value) else { continue };
+    for field in source.fields(body, "NodeProto") {
+        let field = field?;
+        let (5, Value::Bytes(attribute)) = (field.number, field.value) else {
+            continue;
+        };
         let (mut matches, mut value) = (false, None);
-        for field in Fields::new(model, attribute) {
-            let field = field.map_err(|error| malformed(error, "AttributeProto"))?;
+        for field in source.fields(attribute, "AttributeProto") {
+            let field = field?;
             match (field.number, field.value) {
-                (1, Value::Bytes(span)) => matches = &model[span] == name.as_bytes(),
+                (1, Value::Bytes(span)) => matches = &source.bytes[span] == name.as_bytes(),
                 (3, Value::Varint(integer)) => value = Some(integer),
                 _ => {}
             }

@@ -16,9 +16,10 @@
 //! - the recursion is bounded by [`MAX_GRAPH_DEPTH`];
 //! - sparse tensors stay where they are; external data in them are refused.
 
-use super::tensor_proto::{TensorProto, malformed, text, wrong_wire_type};
+use super::source::{Source, wrong_wire_type};
+use super::tensor_proto::TensorProto;
 use super::views::Views;
-use super::wire::{Fields, Rope, Value};
+use super::wire::{Rope, Value};
 use crate::error::ModelError;
 use std::ops::Range;
 
@@ -27,8 +28,14 @@ const MAX_GRAPH_DEPTH: usize = 30;
 
 /// Where a tensor stands.
 pub(super) enum Place<'p, 'a> {
-    Initializer { views: &'p Views<'a> },
-    Attribute { views: &'p Views<'a>, node: &'p NodeHead<'a>, attribute: &'a str },
+    Initializer {
+        views: &'p Views<'a>,
+    },
+    Attribute {
+        views: &'p Views<'a>,
+        node: &'p NodeHead<'a>,
+        attribute: &'a str,
+    },
 }
 
 /// What the walk does at a tensor.
@@ -39,14 +46,12 @@ pub(super) trait Visitor<'a> {
     /// Appends field `number` with the tensor's replacement and returns true, or returns false to keep it.
     fn tensor(
         &mut self,
+        source: &Source<'a, '_>,
         rope: &mut Rope,
         number: u32,
         tensor: &TensorProto<'a>,
         place: Place<'_, 'a>,
     ) -> Result<bool, ModelError>;
-
-    /// Called for each field with its bytes, so that the caller can interrupt.
-    fn advance(&mut self, bytes: usize) -> Result<(), ModelError>;
 }
 
 /// The scalar fields of a node.
@@ -59,21 +64,21 @@ pub(super) struct NodeHead<'a> {
 }
 
 impl<'a> NodeHead<'a> {
-    pub fn parse(model: &'a [u8], body: Range<usize>) -> Result<NodeHead<'a>, ModelError> {
+    pub fn parse(source: &Source<'a, '_>, body: Range<usize>) -> Result<NodeHead<'a>, ModelError> {
         let mut node = NodeHead::default();
         let mut outputs = 0;
-        for field in Fields::new(model, body) {
-            let field = field.map_err(|error| malformed(error, "NodeProto"))?;
+        for field in source.fields(body, "NodeProto") {
+            let field = field?;
             match (field.number, &field.value) {
                 (2, Value::Bytes(span)) => {
                     if outputs == 0 {
-                        node.output = text(model, span, "node output")?;
+                        node.output = source.text(span, "node output")?;
                     }
                     outputs += 1;
                 }
-                (3, Value::Bytes(span)) => node.name = text(model, span, "node name")?,
-                (4, Value::Bytes(span)) => node.op_type = text(model, span, "op_type")?,
-                (7, Value::Bytes(span)) => node.domain = text(model, span, "domain")?,
+                (3, Value::Bytes(span)) => node.name = source.text(span, "node name")?,
+                (4, Value::Bytes(span)) => node.op_type = source.text(span, "op_type")?,
+                (7, Value::Bytes(span)) => node.domain = source.text(span, "domain")?,
                 (1 | 5 | 6, Value::Bytes(_)) => {}
                 (1..=7, _) => return Err(wrong_wire_type("NodeProto", &field)),
                 _ => {}
@@ -89,21 +94,25 @@ impl<'a> NodeHead<'a> {
 }
 
 /// One walk. `rope` becomes the rewritten model.
-pub(super) struct Walk<'a, V> {
-    pub model: &'a [u8],
+pub(super) struct Walk<'s, 'a, 'c, V> {
+    pub source: &'s Source<'a, 'c>,
     pub rope: Rope,
     pub visitor: V,
 }
 
-impl<'a, V: Visitor<'a>> Walk<'a, V> {
-    pub fn new(model: &'a [u8], visitor: V) -> Walk<'a, V> {
-        Walk { model, rope: Rope::default(), visitor }
+impl<'s, 'a, 'c, V: Visitor<'a>> Walk<'s, 'a, 'c, V> {
+    pub fn new(source: &'s Source<'a, 'c>, visitor: V) -> Walk<'s, 'a, 'c, V> {
+        Walk {
+            source,
+            rope: Rope::default(),
+            visitor,
+        }
     }
 
     /// The whole model.
     pub fn model(&mut self) -> Result<(), ModelError> {
-        for field in Fields::new(self.model, 0..self.model.len()) {
-            let field = field.map_err(|error| malformed(error, "ModelProto"))?;
+        for field in self.source.fields(0..self.source.bytes.len(), "ModelProto") {
+            let field = field?;
             match (field.number, field.value) {
                 (7, Value::Bytes(body)) => self.graph(7, field.span, body, 0)?,
                 (25, Value::Bytes(body)) => self.function(field.span, body)?,
@@ -143,23 +152,29 @@ impl<'a, V: Visitor<'a>> Walk<'a, V> {
         depth: usize,
     ) -> Result<bool, ModelError> {
         if depth == MAX_GRAPH_DEPTH {
-            return Err(ModelError::invalid_model("the ONNX model has graphs nested too deeply")
-                .detail(format!("At most {MAX_GRAPH_DEPTH} levels are supported.")));
+            return Err(
+                ModelError::invalid_model("the ONNX model has graphs nested too deeply")
+                    .detail(format!("At most {MAX_GRAPH_DEPTH} levels are supported.")),
+            );
         }
         let views = match V::VIEWS {
-            true => Views::of_graph(self.model, body.clone(), &mut |bytes| self.visitor.advance(bytes))?,
+            true => Views::of_graph(self.source, body.clone())?,
             false => Views::default(),
         };
         self.message(number, span, |walk| {
             let mut changed = false;
-            for field in Fields::new(walk.model, body) {
-                let field = field.map_err(|error| malformed(error, "GraphProto"))?;
-                walk.visitor.advance(field.span.len())?;
+            for field in walk.source.fields(body, "GraphProto") {
+                let field = field?;
                 changed |= match (field.number, &field.value) {
-                    (1, Value::Bytes(body)) => walk.node(1, field.span, body.clone(), &views, depth)?,
-                    (5, Value::Bytes(body)) => {
-                        walk.tensor(5, field.span, body.clone(), Place::Initializer { views: &views })?
+                    (1, Value::Bytes(body)) => {
+                        walk.node(1, field.span, body.clone(), &views, depth)?
                     }
+                    (5, Value::Bytes(body)) => walk.tensor(
+                        5,
+                        field.span,
+                        body.clone(),
+                        Place::Initializer { views: &views },
+                    )?,
                     (15, Value::Bytes(body)) => walk.sparse(field.span, body.clone())?,
                     (1 | 5 | 15, _) => return Err(wrong_wire_type("GraphProto", &field)),
                     _ => walk.keep(field.span),
@@ -173,12 +188,13 @@ impl<'a, V: Visitor<'a>> Walk<'a, V> {
         self.message(25, span, |walk| {
             let (views, none) = (Views::default(), NodeHead::default());
             let mut changed = false;
-            for field in Fields::new(walk.model, body) {
-                let field = field.map_err(|error| malformed(error, "FunctionProto"))?;
-                walk.visitor.advance(field.span.len())?;
+            for field in walk.source.fields(body, "FunctionProto") {
+                let field = field?;
                 changed |= match (field.number, &field.value) {
                     (7, Value::Bytes(body)) => walk.node(7, field.span, body.clone(), &views, 0)?,
-                    (11, Value::Bytes(body)) => walk.attribute(11, field.span, body.clone(), &views, &none, 0)?,
+                    (11, Value::Bytes(body)) => {
+                        walk.attribute(11, field.span, body.clone(), &views, &none, 0)?
+                    }
                     (7 | 11, _) => return Err(wrong_wire_type("FunctionProto", &field)),
                     _ => walk.keep(field.span),
                 };
@@ -195,13 +211,15 @@ impl<'a, V: Visitor<'a>> Walk<'a, V> {
         views: &Views<'a>,
         depth: usize,
     ) -> Result<bool, ModelError> {
-        let node = NodeHead::parse(self.model, body.clone())?;
+        let node = NodeHead::parse(self.source, body.clone())?;
         self.message(number, span, |walk| {
             let mut changed = false;
-            for field in Fields::new(walk.model, body) {
-                let field = field.map_err(|error| malformed(error, "NodeProto"))?;
+            for field in walk.source.fields(body, "NodeProto") {
+                let field = field?;
                 changed |= match (field.number, field.value) {
-                    (5, Value::Bytes(body)) => walk.attribute(5, field.span, body, views, &node, depth)?,
+                    (5, Value::Bytes(body)) => {
+                        walk.attribute(5, field.span, body, views, &node, depth)?
+                    }
                     _ => walk.keep(field.span),
                 };
             }
@@ -220,31 +238,46 @@ impl<'a, V: Visitor<'a>> Walk<'a, V> {
     ) -> Result<bool, ModelError> {
         let mut attribute = "";
         let mut values = [0; 2];
-        for field in Fields::new(self.model, body.clone()) {
-            let field = field.map_err(|error| malformed(error, "AttributeProto"))?;
+        for field in self.source.fields(body.clone(), "AttributeProto") {
+            let field = field?;
             match (field.number, &field.value) {
-                (1, Value::Bytes(span)) => attribute = text(self.model, span, "attribute name")?,
+                (1, Value::Bytes(span)) => attribute = self.source.text(span, "attribute name")?,
                 (5 | 6, Value::Bytes(_)) => values[field.number as usize - 5] += 1,
                 (10 | 11 | 22 | 23, Value::Bytes(_)) => {}
-                (1 | 5 | 6 | 10 | 11 | 22 | 23, _) => return Err(wrong_wire_type("AttributeProto", &field)),
+                (1 | 5 | 6 | 10 | 11 | 22 | 23, _) => {
+                    return Err(wrong_wire_type("AttributeProto", &field));
+                }
                 _ => {}
             }
         }
         if values.iter().any(|&count| count > 1) {
-            return Err(ModelError::invalid_model("the ONNX model has an attribute with several values")
-                .detail(format!("Node \"{}\" of type {}, attribute \"{attribute}\".", node.name, node.op_type)));
+            return Err(ModelError::invalid_model(
+                "the ONNX model has an attribute with several values",
+            )
+            .detail(format!(
+                "Node \"{}\" of type {}, attribute \"{attribute}\".",
+                node.name, node.op_type
+            )));
         }
         self.message(number, span, |walk| {
             let mut changed = false;
-            for field in Fields::new(walk.model, body) {
-                let field = field.map_err(|error| malformed(error, "AttributeProto"))?;
-                walk.visitor.advance(field.span.len().min(64))?;
+            for field in walk.source.fields(body, "AttributeProto") {
+                let field = field?;
                 let number = field.number;
                 changed |= match (number, field.value) {
-                    (5 | 10, Value::Bytes(body)) => {
-                        walk.tensor(number, field.span, body, Place::Attribute { views, node, attribute })?
+                    (5 | 10, Value::Bytes(body)) => walk.tensor(
+                        number,
+                        field.span,
+                        body,
+                        Place::Attribute {
+                            views,
+                            node,
+                            attribute,
+                        },
+                    )?,
+                    (6 | 11, Value::Bytes(body)) => {
+                        walk.graph(number, field.span, body, depth + 1)?
                     }
-                    (6 | 11, Value::Bytes(body)) => walk.graph(number, field.span, body, depth + 1)?,
                     (22 | 23, Value::Bytes(body)) => walk.sparse(field.span, body)?,
                     _ => walk.keep(field.span),
                 };
@@ -260,8 +293,10 @@ impl<'a, V: Visitor<'a>> Walk<'a, V> {
         body: Range<usize>,
         place: Place<'_, 'a>,
     ) -> Result<bool, ModelError> {
-        let tensor = TensorProto::parse(self.model, body)?;
-        let replaced = self.visitor.tensor(&mut self.rope, number, &tensor, place)?;
+        let tensor = TensorProto::parse(self.source, body)?;
+        let replaced = self
+            .visitor
+            .tensor(self.source, &mut self.rope, number, &tensor, place)?;
         if !replaced {
             self.rope.source(span);
         }
@@ -269,14 +304,16 @@ impl<'a, V: Visitor<'a>> Walk<'a, V> {
     }
 
     fn sparse(&mut self, span: Range<usize>, body: Range<usize>) -> Result<bool, ModelError> {
-        for field in Fields::new(self.model, body) {
-            let field = field.map_err(|error| malformed(error, "SparseTensorProto"))?;
+        for field in self.source.fields(body, "SparseTensorProto") {
+            let field = field?;
             if let (1 | 2, Value::Bytes(body)) = (field.number, field.value) {
-                let tensor = TensorProto::parse(self.model, body)?;
+                let tensor = TensorProto::parse(self.source, body)?;
                 if tensor.is_external() {
-                    return Err(ModelError::unsupported_type("the ONNX model has a sparse tensor with external data")
-                        .detail(format!("It is named \"{}\".", tensor.name))
-                        .hint("Save the model as one file."));
+                    return Err(ModelError::unsupported_type(
+                        "the ONNX model has a sparse tensor with external data",
+                    )
+                    .detail(format!("It is named \"{}\".", tensor.name))
+                    .hint("Save the model as one file."));
                 }
             }
         }

@@ -7,10 +7,10 @@
 use super::analyse::analyse;
 use super::names::Names;
 use super::prepare::Prepared;
-use super::{CompileOptions, Shapes};
+use super::{CompileOptions, Key};
 use crate::error::{ErrorKind, ModelError};
-use crate::signature::{Port, PortType, Signature};
-use crate::tensor::engine_of_dtype;
+use crate::signature::{Dim, Port, PortType, Signature};
+use crate::tensor::{HostTensor, engine_of_dtype};
 use crate::worker::cancelled;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,15 +24,32 @@ use tract_onnx::tract_hir::ops::konst::Const;
 pub(super) use super::runnable::Runnable;
 
 /// A constant that is computed while compiling may take this many bytes.
-const CONSTANT_LIMIT: u64 = 512 << 20;
+pub(super) const CONSTANT_LIMIT: u64 = 512 << 20;
 
 /// What plans for concrete shapes are made of. Its tensors are shared by all clones.
 #[allow(clippy::large_enum_variant)]
 pub(super) enum Template {
     /// The graph with symbols: the quick way, where tract can follow them.
     Symbolic(TypedModel, Names),
-    /// The graph as parsed.
-    Parsed(InferenceModel),
+    /// The graph as parsed, and the inputs whose values it needs as constants, such as the shape of a Reshape.
+    Parsed(InferenceModel, Vec<usize>),
+}
+
+impl Template {
+    /// The inputs whose values are part of a compiled form.
+    pub fn bound(&self) -> &[usize] {
+        match self {
+            Template::Symbolic(..) => &[],
+            Template::Parsed(_, bound) => bound,
+        }
+    }
+}
+
+/// The result of a compilation.
+pub(super) struct Compiled {
+    pub general: Option<Runnable>,
+    pub template: Option<Template>,
+    pub doubt: Option<ModelError>,
 }
 
 /// Refuses to open files.
@@ -55,6 +72,7 @@ pub(super) fn framework() -> &'static Onnx {
     static FRAMEWORK: LazyLock<Onnx> = LazyLock::new(|| {
         let mut framework = tract_onnx::onnx();
         framework.provider = Arc::new(NoFiles);
+        super::ops::register(&mut framework);
         framework.with_ignore_value_info(true).with_ignore_output_shapes(true)
     });
     &FRAMEWORK
@@ -63,6 +81,17 @@ pub(super) fn framework() -> &'static Onnx {
 /// The error for a step in which tract failed.
 pub(super) fn failure(step: &str, error: &TractError) -> ModelError {
     ModelError::invalid_model(format!("{step} failed")).detail(format!("{error:#}"))
+}
+
+/// The error for a graph that tract cannot read: nearly always an attribute that it lacks.
+fn unreadable(error: &TractError) -> ModelError {
+    let mut made = failure("reading the graph", error);
+    let text = format!("{error:#}").to_ascii_lowercase();
+    if ["unsupported", "not supported", "unimplemented", "unknown", "unexpected"].iter().any(|word| text.contains(word)) {
+        made.kind = ErrorKind::UnsupportedOperator;
+        made.message = "the model uses an operator in a way that is not supported".into();
+    }
+    made
 }
 
 fn constant_limit(options: &CompileOptions) -> u64 {
@@ -78,7 +107,7 @@ pub(super) fn compile(
     prepared: Prepared,
     options: &CompileOptions,
     cancel: &AtomicBool,
-) -> Result<(Option<Runnable>, Option<Template>), ModelError> {
+) -> Result<Compiled, ModelError> {
     let Prepared { signature, model, constants, .. } = prepared;
     let parsed = parse(&model, constants, &signature)?;
     drop(model);
@@ -86,68 +115,100 @@ pub(super) fn compile(
     let names = Names::new(&signature, &parsed.symbols);
     let free = names.inputs.iter().flatten().any(Option::is_some);
     let ranked = signature.inputs.iter().all(|port| port.ranked);
+    let mut failed = None;
     if ranked {
         let dims = (0..signature.inputs.len()).map(|input| names.dims(&signature, input)).collect();
         let symbolic = super::contain("compiling the model with free dimensions", ErrorKind::InvalidModel, || {
-            let typed = typed(parsed.clone(), &signature, dims, options, cancel)?;
+            let typed = typed(parsed.clone(), &signature, dims, &[], options, cancel)?;
             if free && wants_concrete_shapes(&typed) {
-                return Ok((None, Some(Template::Symbolic(typed, names.clone()))));
+                let template = Some(Template::Symbolic(typed, names.clone()));
+                return Ok(Compiled { general: None, template, doubt: None });
             }
-            let runnable = optimise(typed, names.clone(), options, cancel)?;
-            Ok((Some(runnable), None))
+            let general = Some(optimise(typed, names.clone(), vec![], options, cancel)?);
+            Ok(Compiled { general, template: None, doubt: None })
         });
         match symbolic {
-            Ok((None, Some(template))) => {
-                probe(&template, &signature, options, cancel)?;
-                return Ok((None, Some(template)));
+            Ok(mut compiled) => {
+                if let Some(template) = &compiled.template {
+                    compiled.doubt = probe(template, &signature, options, cancel)?;
+                }
+                return Ok(compiled);
             }
-            Ok(done) => return Ok(done),
-            Err(error) if !free || matches!(error.kind, ErrorKind::Cancelled | ErrorKind::TooLarge) => {
-                return Err(error);
-            }
-            Err(_) => {}
+            Err(error) if matches!(error.kind, ErrorKind::Cancelled | ErrorKind::TooLarge) => return Err(error),
+            Err(error) if !free && !wants_constants(&error) => return Err(error),
+            Err(error) => failed = Some(error),
         }
     }
-    let template = Template::Parsed(parsed);
-    if ranked {
-        probe(&template, &signature, options, cancel)?;
+    // Concrete shapes, and if that does not do, concrete values of small inputs.
+    let template = Template::Parsed(parsed, vec![]);
+    if !ranked {
+        return Ok(Compiled { general: None, template: Some(template), doubt: None });
     }
-    Ok((None, Some(template)))
+    let doubt = if free { probe(&template, &signature, options, cancel)? } else { failed };
+    let Template::Parsed(parsed, _) = template else { return Err(ModelError::internal("the template has changed")) };
+    let bound = if doubt.as_ref().is_some_and(wants_constants) { bindable(&signature) } else { vec![] };
+    match doubt {
+        Some(error) if bound.is_empty() && !free => Err(error),
+        doubt => Ok(Compiled { general: None, template: Some(Template::Parsed(parsed, bound)), doubt }),
+    }
 }
 
-/// Compiles for some likely shapes, so that a graph that compiles for none is refused when it is loaded and not when
-/// it is first used.
+/// True for tract's complaints that something is not known at compile that it needs there.
+fn wants_constants(error: &ModelError) -> bool {
+    let text = error.detail.as_deref().unwrap_or("").to_ascii_lowercase();
+    ["const", "variable", "known scalar", "to be determined", "neither sizes nor scales", "can not be typed"]
+        .iter()
+        .any(|word| text.contains(word))
+}
+
+/// The inputs that a graph may want as constants: shapes, axes, scales. Never what carries the rows.
+fn bindable(signature: &Signature) -> Vec<usize> {
+    let small = |port: &Port| {
+        let count = port.shape.iter().try_fold(1u64, |count, dim| match dim {
+            Dim::Fixed(size) => count.checked_mul(*size),
+            _ => Some(count),
+        });
+        port.shape.len() <= 1 && count.is_some_and(|count| count <= 4096)
+    };
+    signature.inputs.iter().enumerate().filter(|(_, port)| small(port)).map(|(input, _)| input).collect()
+}
+
+/// Compiles for some likely shapes, so that a graph that compiles for none is noticed when it is loaded and not when
+/// it is first used. Returns the first error if none did.
 fn probe(
     template: &Template,
     signature: &Signature,
     options: &CompileOptions,
     cancel: &AtomicBool,
-) -> Result<(), ModelError> {
+) -> Result<Option<ModelError>, ModelError> {
     let mut first = None;
-    // A batch of one; more rows and columns; the usual sizes of pictures and of sound.
-    for (batch, other) in [(1, 1), (2, 8), (1, 32), (1, 64), (1, 224), (1, 512), (1, 16000)] {
-        let shapes = signature
-            .inputs
-            .iter()
-            .map(|port| {
-                let size = |(axis, dim): (usize, &crate::signature::Dim)| match dim {
-                    crate::signature::Dim::Fixed(size) => *size as usize,
-                    _ if axis == 0 => batch,
+    // Rows come first and are called a batch; a sequence comes last; pictures have the sizes of pictures.
+    for (rows, other) in [(1, 1), (2, 8), (1, 32), (1, 64), (1, 224), (1, 512), (1, 576), (1, 16000)] {
+        for only_last in [false, true] {
+            let shape = |port: &Port| {
+                let last = port.shape.len().saturating_sub(1);
+                let size = |(axis, dim): (usize, &Dim)| match dim {
+                    Dim::Fixed(size) => usize::try_from(*size).unwrap_or(usize::MAX),
+                    Dim::Symbol(name) if name.to_ascii_lowercase().contains("batch") => rows,
+                    _ if axis == 0 || (only_last && axis != last) => rows,
                     _ => other,
                 };
                 port.shape.iter().enumerate().map(size).collect()
-            })
-            .collect();
-        let made = super::contain("compiling the model", ErrorKind::InvalidModel, || {
-            specialise(template, signature, &shapes, options, cancel)
-        });
-        match made {
-            Ok(_) => return Ok(()),
-            Err(error) if matches!(error.kind, ErrorKind::Cancelled) => return Err(error),
-            Err(error) => first = first.or(Some(error)),
+            };
+            let key = Key { shapes: signature.inputs.iter().map(shape).collect(), values: vec![] };
+            let made = super::contain("compiling the model", ErrorKind::InvalidModel, || {
+                specialise(template, signature, &key, options, cancel)
+            });
+            match made {
+                Ok(_) => return Ok(None),
+                Err(error) if error.kind == ErrorKind::Cancelled => return Err(error),
+                // Shapes that do not fit fail in many ways; a wish for constants is the one to hear.
+                Err(error) if wants_constants(&error) => return Ok(Some(error)),
+                Err(error) => first = first.or(Some(error)),
+            }
         }
     }
-    first.map_or(Ok(()), Err)
+    Ok(first)
 }
 
 /// Parses the graph and gives it its tensors.
@@ -156,20 +217,15 @@ fn parse(
     mut constants: HashMap<String, Arc<Tensor>>,
     signature: &Signature,
 ) -> Result<InferenceModel, ModelError> {
-    let parsed = framework().parse(model, None).map_err(|error| failure("reading the graph", &error))?;
+    let parsed = framework().parse(model, None).map_err(|error| unreadable(&error))?;
     if let Some(name) = parsed.unresolved_inputs.first() {
         return Err(ModelError::invalid_model(format!("the graph uses \"{name}\", which nothing defines")));
     }
     let mut model = parsed.model;
     let sources = std::mem::take(&mut model.inputs);
     for outlet in sources {
-        let node = &mut model.nodes[outlet.node];
-        match constants.remove(node.name.as_str()) {
-            Some(tensor) => {
-                let fact = TypedFact::try_from(tensor.clone()).map_err(|error| failure("placing a tensor", &error))?;
-                node.outputs[0].fact = fact.into();
-                node.op = Const::new(tensor).map_err(|error| failure("placing a tensor", &error))?.into();
-            }
+        match constants.remove(model.nodes[outlet.node].name.as_str()) {
+            Some(tensor) => place(&mut model, outlet, tensor)?,
             None => model.inputs.push(outlet),
         }
     }
@@ -180,6 +236,15 @@ fn parse(
     Ok(model)
 }
 
+/// Makes a source a constant.
+fn place(model: &mut InferenceModel, source: OutletId, tensor: Arc<Tensor>) -> Result<(), ModelError> {
+    let wrong = |error| failure("placing a tensor", &error);
+    let node = &mut model.nodes[source.node];
+    node.outputs[0].fact = TypedFact::try_from(tensor.clone()).map_err(wrong)?.into();
+    node.op = Const::new(tensor).map_err(wrong)?.into();
+    Ok(())
+}
+
 fn engine_type(port: &Port) -> Result<DatumType, ModelError> {
     match port.dtype {
         PortType::String => Ok(DatumType::String),
@@ -187,11 +252,12 @@ fn engine_type(port: &Port) -> Result<DatumType, ModelError> {
     }
 }
 
-/// The graph in tract's core operators for these input dimensions.
+/// The graph in tract's core operators for these input dimensions, the given inputs being constants.
 fn typed(
     mut model: InferenceModel,
     signature: &Signature,
     dims: Vec<Vec<TDim>>,
+    constants: &[(usize, &HostTensor)],
     options: &CompileOptions,
     cancel: &AtomicBool,
 ) -> Result<TypedModel, ModelError> {
@@ -199,10 +265,20 @@ fn typed(
         let fact = InferenceFact::dt_shape(engine_type(port)?, dims);
         model.set_input_fact(input, fact).map_err(|error| failure("declaring the inputs", &error))?;
     }
+    for &(input, value) in constants {
+        let source = model.inputs[input];
+        place(&mut model, source, Arc::new(value.to_engine()?))?;
+    }
+    let mut input = 0;
+    model.inputs.retain(|_| {
+        input += 1;
+        !constants.iter().any(|(bound, _)| *bound == input - 1)
+    });
     analyse(&mut model, constant_limit(options), cancel)?;
     let mut typed = model.into_typed().map_err(|error| failure("inferring types and shapes", &error))?;
     proceed(cancel)?;
     check_sizes(&typed, options)?;
+    super::repair::repair(&mut typed);
     typed.declutter().map_err(|error| failure("simplifying the graph", &error))?;
     proceed(cancel)?;
     Ok(typed)
@@ -233,22 +309,24 @@ fn check_sizes(model: &TypedModel, options: &CompileOptions) -> Result<(), Model
 fn optimise(
     mut typed: TypedModel,
     names: Names,
+    bound: Vec<usize>,
     options: &CompileOptions,
     cancel: &AtomicBool,
 ) -> Result<Runnable, ModelError> {
     typed.optimize().map_err(|error| failure("optimising the graph", &error))?;
     proceed(cancel)?;
-    Runnable::new(typed, names, options).map_err(|error| failure("ordering the graph", &error))
+    Runnable::new(typed, names, bound, options).map_err(|error| failure("ordering the graph", &error))
 }
 
-/// Compiles for these input shapes.
+/// Compiles for these inputs.
 pub(super) fn specialise(
     template: &Template,
     signature: &Signature,
-    shapes: &Shapes,
+    key: &Key,
     options: &CompileOptions,
     cancel: &AtomicBool,
 ) -> Result<Runnable, ModelError> {
+    let shapes = &key.shapes;
     let typed = match template {
         Template::Symbolic(typed, names) => {
             let mut sizes = HashMap::new();
@@ -265,13 +343,14 @@ pub(super) fn specialise(
             concrete.declutter().map_err(|error| failure("simplifying the graph", &error))?;
             concrete
         }
-        Template::Parsed(model) => {
+        Template::Parsed(model, bound) => {
+            let constants: Vec<_> = bound.iter().copied().zip(&key.values).collect();
             let dims = shapes.iter().map(|shape| shape.iter().map(|&size| TDim::Val(size as i64)).collect()).collect();
-            typed(model.clone(), signature, dims, options, cancel)?
+            typed(model.clone(), signature, dims, &constants, options, cancel)?
         }
     };
     proceed(cancel)?;
-    optimise(typed, Names::default(), options, cancel)
+    optimise(typed, Names::default(), template.bound().to_vec(), options, cancel)
 }
 
 /// True where tract is several times slower with a free dimension than without: convolutions and pooling.

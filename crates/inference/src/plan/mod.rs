@@ -12,10 +12,16 @@
 //! - a plan is immutable but for its cache of specialisations, and may be used by several threads.
 
 mod analyse;
+mod branch;
 mod build;
+mod legacy;
 mod names;
+mod ops;
 mod prepare;
+mod quantize;
 pub mod refusals;
+mod repair;
+mod rewrite;
 mod run;
 mod runnable;
 
@@ -55,6 +61,14 @@ impl Default for CompileOptions {
 /// The shapes of a run's inputs, in the signature's order.
 type Shapes = Vec<Vec<usize>>;
 
+/// What a plan for concrete inputs is made for: the shapes of all inputs, and the values of those that the graph
+/// needs to be constants.
+#[derive(Clone, PartialEq)]
+struct Key {
+    shapes: Shapes,
+    values: Vec<HostTensor>,
+}
+
 /// A compiled model.
 pub struct Plan {
     signature: Signature,
@@ -63,10 +77,11 @@ pub struct Plan {
     general: Option<Arc<Runnable>>,
     /// What plans for concrete shapes are made of; none where `general` does for all shapes.
     template: Option<Template>,
-    specialised: Mutex<Vec<(Shapes, Arc<Runnable>)>>,
+    specialised: Mutex<Vec<(Key, Arc<Runnable>)>>,
     /// Bytes of the tensors.
     weights: u64,
     memory: AtomicU64,
+    doubt: Option<ModelError>,
 }
 
 impl Plan {
@@ -115,7 +130,7 @@ impl Plan {
     ) -> Result<Plan, ModelError> {
         let weights = prepared.weights;
         let signature = prepared.signature.clone();
-        let (general, template) = build::compile(prepared, &options, cancel)?;
+        let build::Compiled { general, template, doubt } = build::compile(prepared, &options, cancel)?;
         let plan = Plan {
             signature,
             options,
@@ -124,6 +139,7 @@ impl Plan {
             specialised: Mutex::new(Vec::new()),
             weights,
             memory: AtomicU64::new(0),
+            doubt,
         };
         plan.count_memory(0);
         Ok(plan)
@@ -141,24 +157,25 @@ impl Plan {
         cancel: &AtomicBool,
     ) -> Result<Vec<(String, HostTensor)>, ModelError> {
         let inputs = run::order_inputs(&self.signature, inputs)?;
-        let shapes: Shapes = inputs.iter().map(|tensor| tensor.shape.clone()).collect();
+        let key = self.key(&inputs.iter().collect::<Vec<_>>());
         contain("running the model", ErrorKind::InvalidInput, || {
-            let runnable = self.runnable(&shapes, cancel)?;
-            run::run(&runnable, &self.signature, inputs, &shapes, &self.options, cancel)
+            let runnable = self.runnable(&key, cancel)?;
+            run::run(&runnable, &self.signature, inputs, &key.shapes, &self.options, cancel)
         })
     }
 
     /// True when a run with these inputs may keep the calling thread in one step for longer than about 20 ms, or
     /// when it has to compile first. Such a run belongs on the compute thread; others are quicker in place.
     pub fn is_heavy(&self, inputs: &[(String, HostTensor)]) -> bool {
-        let mut shapes = Vec::with_capacity(inputs.len());
+        let mut ordered = Vec::with_capacity(inputs.len());
         for port in &self.signature.inputs {
             // A run that will be refused is not heavy.
             let Some((_, tensor)) = inputs.iter().find(|(name, _)| *name == port.name) else { return false };
-            shapes.push(tensor.shape.clone());
+            ordered.push(tensor);
         }
-        match self.ready(&shapes) {
-            Some(runnable) => runnable.is_heavy(&shapes),
+        let key = self.key(&ordered);
+        match self.ready(&key) {
+            Some(runnable) => runnable.is_heavy(&key.shapes),
             None => true,
         }
     }
@@ -184,18 +201,33 @@ impl Plan {
         self.template.is_none()
     }
 
+    /// Why the plan could not be proven to run at compile, if so: it compiles only for concrete input shapes or
+    /// values, and those that were tried did not fit the model. A run with fitting inputs may well succeed.
+    pub fn doubt(&self) -> Option<&ModelError> {
+        self.doubt.as_ref()
+    }
+
     /// Floating-point multiply-adds of one run for a batch of one, every other free dimension being 1: an estimate.
     pub fn flops_per_row(&self) -> Option<u64> {
         self.general.as_ref().map(|runnable| runnable.flops(1))
     }
 
-    /// The compiled form for these shapes, if it is there.
-    fn ready(&self, shapes: &Shapes) -> Option<Arc<Runnable>> {
+    /// What a plan for these inputs is made for.
+    fn key(&self, inputs: &[&HostTensor]) -> Key {
+        let bound = self.template.as_ref().map_or(&[][..], Template::bound);
+        Key {
+            shapes: inputs.iter().map(|tensor| tensor.shape.clone()).collect(),
+            values: bound.iter().map(|&input| inputs[input].clone()).collect(),
+        }
+    }
+
+    /// The compiled form for these inputs, if it is there.
+    fn ready(&self, key: &Key) -> Option<Arc<Runnable>> {
         match (&self.template, &self.general) {
             (None, Some(general)) => Some(general.clone()),
             _ => {
                 let mut cache = self.specialised.lock().unwrap_or_else(PoisonError::into_inner);
-                let place = cache.iter().position(|(held, _)| held == shapes)?;
+                let place = cache.iter().position(|(held, _)| held == key)?;
                 // Last used stands last.
                 let entry = cache.remove(place);
                 let runnable = entry.1.clone();
@@ -205,18 +237,18 @@ impl Plan {
         }
     }
 
-    /// The compiled form for these shapes, compiled now if need be.
-    fn runnable(&self, shapes: &Shapes, cancel: &AtomicBool) -> Result<Arc<Runnable>, ModelError> {
-        if let Some(runnable) = self.ready(shapes) {
+    /// The compiled form for these inputs, compiled now if need be.
+    fn runnable(&self, key: &Key, cancel: &AtomicBool) -> Result<Arc<Runnable>, ModelError> {
+        if let Some(runnable) = self.ready(key) {
             return Ok(runnable);
         }
         let template = self.template.as_ref().ok_or_else(|| ModelError::internal("a plan without a compiled form"))?;
-        let made = Arc::new(build::specialise(template, &self.signature, shapes, &self.options, cancel)?);
+        let made = Arc::new(build::specialise(template, &self.signature, key, &self.options, cancel)?);
         let mut cache = self.specialised.lock().unwrap_or_else(PoisonError::into_inner);
         while cache.len() >= self.options.specialisations.max(1) {
             cache.remove(0);
         }
-        cache.push((shapes.clone(), made.clone()));
+        cache.push((key.clone(), made.clone()));
         self.count_memory(cache.len());
         Ok(made)
     }
@@ -245,6 +277,11 @@ fn contain<T>(
 ) -> Result<T, ModelError> {
     worker::contain_panic(step, || Ok(work())).unwrap_or_else(|mut error| {
         error.kind = kind;
+        error.message = format!("{step} failed");
+        error.hint = match kind {
+            ErrorKind::InvalidInput => Some(run::INPUT_HINT.into()),
+            _ => None,
+        };
         Err(error)
     })
 }

@@ -72,6 +72,10 @@ pub(super) fn prepare(
             return Err(error);
         }
     }
+    let opset = refusals::default_opset(&model);
+    if let Some(graph) = model.graph.as_mut().filter(|_| opset < 7) {
+        super::legacy::broadcast(graph);
+    }
     refusals::check(&model)?;
     // Nothing but the graph is of use, and the rest may be large.
     model.training_info.clear();
@@ -99,6 +103,7 @@ pub(super) fn prepare(
         }
         graph.input = inputs;
         store.fill_graph(graph)?;
+        super::rewrite::rewrite(graph);
     }
     let weights = store.weights;
     Ok(Prepared { signature, model, constants, weights })

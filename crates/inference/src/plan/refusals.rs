@@ -3,6 +3,8 @@
 //! Responsible for: finding, before anything is computed, operators, operator sets and attributes that tract lacks,
 //! ignores or computes wrongly, and saying which one it was. A number that is wrong is worse than an error.
 
+use super::legacy::BROADCASTING;
+use super::rewrite::{attribute, float, integer, text};
 use crate::error::ModelError;
 use std::collections::{HashMap, HashSet};
 use std::sync::LazyLock;
@@ -26,6 +28,7 @@ const ML_OPERATORS: &[&str] = &[
     "LinearClassifier",
     "LinearRegressor",
     "Normalizer",
+    "Scaler",
     "TreeEnsembleClassifier",
 ];
 
@@ -72,15 +75,21 @@ pub fn check(model: &ModelProto) -> Result<(), ModelError> {
     model.graph.as_ref().map_or(Ok(()), |graph| check_graph(graph, &opsets))
 }
 
+/// The version of the default domain that the model imports; 0 if none.
+pub(super) fn default_opset(model: &ModelProto) -> i64 {
+    opsets_by_domain(model).get("").copied().unwrap_or(0)
+}
+
 /// Version by domain, the default domain being "".
 type Opsets<'a> = HashMap<&'a str, i64>;
 
+fn opsets_by_domain(model: &ModelProto) -> Opsets<'_> {
+    let domain = |domain| if domain == "ai.onnx" { "" } else { domain };
+    model.opset_import.iter().map(|set| (domain(set.domain.as_str()), set.version)).collect()
+}
+
 fn opsets(model: &ModelProto) -> Result<Opsets<'_>, ModelError> {
-    let mut opsets = HashMap::new();
-    for set in &model.opset_import {
-        let domain = if set.domain == "ai.onnx" { "" } else { set.domain.as_str() };
-        opsets.insert(domain, set.version);
-    }
+    let opsets = opsets_by_domain(model);
     for (domain, name, oldest, newest) in
         [("", "ai.onnx", OLDEST_OPSET, NEWEST_OPSET), ("ai.onnx.ml", "ai.onnx.ml", 1, NEWEST_ML_OPSET)]
     {
@@ -168,6 +177,59 @@ fn unsupported(node: &NodeProto, version: Option<i64>, reason: Option<&str>) -> 
 
 /// Why this node of a registered operator is not run: which attribute, input or version is at fault.
 fn refusal(domain: &str, node: &NodeProto, version: i64) -> Option<&'static str> {
-    let _ = (domain, node, version);
-    None
+    if !domain.is_empty() {
+        return ml_refusal(node);
+    }
+    let set = |name: &str| integer(node, name).is_some_and(|value| value != 0);
+    let has = |name: &str| attribute(node, name).is_some();
+    let given = |input: usize| node.input.get(input).is_some_and(|name| !name.is_empty());
+    match node.op_type.as_str() {
+        // What could be mended by the ranks has been.
+        operator if version < 7 && BROADCASTING.contains(&operator) && has("axis") => Some("with attribute axis"),
+        // tract computes inference, whatever the mode.
+        "BatchNormalization" if set("training_mode") || (version < 7 && !set("is_test")) => Some("in training mode"),
+        "Celu" | "Swish" if given(1) => Some("with two inputs"),
+        // tract has sigmoid and tanh in their usual places, no clipping, no coupled gates.
+        "LSTM" | "GRU" | "RNN" if !usual_activations(node) => Some("with other activations than the usual ones"),
+        "LSTM" | "GRU" | "RNN" if float(node, "clip").is_some_and(|clip| clip != 0.0) => Some("with clip"),
+        "LSTM" if set("input_forget") => Some("with input_forget"),
+        // The rewrite needs a Slice with steps.
+        "LSTM" | "GRU" | "RNN" if text(node, "direction") == Some("reverse") && version < 10 => {
+            Some("in reverse direction before opset 10")
+        }
+        // tract takes the output type from the zero point, and float32 for dequantized values.
+        "QuantizeLinear" if !given(2) && !matches!(integer(node, "output_dtype"), None | Some(0 | 2)) => {
+            Some("with output_dtype and no zero point")
+        }
+        "DequantizeLinear" if !matches!(integer(node, "output_dtype"), None | Some(0 | 1)) => {
+            Some("with another output type than float32")
+        }
+        // tract knows one order of the channels only.
+        "SpaceToDepth" if !matches!(text(node, "mode"), None | Some("DCR")) => Some("with mode CRD"),
+        // Until opset 9 the first input was the sequences' lengths.
+        "Scan" if version < 9 => Some("of opset 8"),
+        "Scan" if has("directions") => Some("with directions"),
+        "Constant" if has("sparse_value") => Some("with a sparse value"),
+        _ => None,
+    }
+}
+
+/// The same for the other domains.
+fn ml_refusal(node: &NodeProto) -> Option<&'static str> {
+    let as_tensor = |attribute: &tract_onnx::pb::AttributeProto| attribute.name.ends_with("_as_tensor");
+    match node.op_type.as_str() {
+        // tract reads the lists of floats only.
+        "TreeEnsembleClassifier" if node.attribute.iter().any(as_tensor) => Some("with values as tensors"),
+        _ => None,
+    }
+}
+
+fn usual_activations(node: &NodeProto) -> bool {
+    let Some(given) = attribute(node, "activations").filter(|given| !given.strings.is_empty()) else { return true };
+    let usual: &[&str] = match node.op_type.as_str() {
+        "LSTM" => &["sigmoid", "tanh", "tanh"],
+        "GRU" => &["sigmoid", "tanh"],
+        _ => &["tanh"],
+    };
+    given.strings.iter().zip(usual.iter().cycle()).all(|(given, usual)| given.eq_ignore_ascii_case(usual.as_bytes()))
 }

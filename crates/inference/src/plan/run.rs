@@ -12,6 +12,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tract_onnx::tract_core::plan::eval;
 use tract_onnx::tract_hir::internal::*;
 
+/// The way out when a run fails inside the engine.
+pub(super) const INPUT_HINT: &str = "Check the shapes and values of the inputs against what the model was trained on.";
+
 /// The inputs in the signature's order, each checked against its port.
 ///
 /// # Errors
@@ -99,7 +102,9 @@ pub(super) fn run(
     runnable.demand(shapes)?;
     let values = inputs
         .iter()
-        .map(|tensor| Ok(tensor.to_engine()?.into_tvalue()))
+        .enumerate()
+        .filter(|(input, _)| !runnable.bound.contains(input))
+        .map(|(_, tensor)| Ok(tensor.to_engine()?.into_tvalue()))
         .collect::<Result<TVec<TValue>, ModelError>>()?;
     drop(inputs);
     let mut stopped: Option<ModelError> = None;
@@ -139,5 +144,5 @@ pub(super) fn run(
 fn failed(error: &TractError) -> ModelError {
     ModelError::invalid_input("the model cannot compute with these inputs")
         .detail(format!("{error:#}"))
-        .hint("Check the shapes and values of the inputs against what the model was trained on.")
+        .hint(INPUT_HINT)
 }

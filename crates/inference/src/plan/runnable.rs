@@ -14,8 +14,6 @@ const HEAVY_NANOSECONDS: u64 = 10_000_000;
 /// A run's demands.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Demand {
-    /// Bytes of all values that are alive at the same time, at the worst moment.
-    pub peak_bytes: u64,
     /// Nanoseconds of the slowest operator, roughly.
     pub slowest: u64,
 }
@@ -41,6 +39,8 @@ struct Step {
 pub(super) struct Runnable {
     pub plan: Arc<TypedSimplePlan>,
     names: Names,
+    /// The inputs whose values are compiled in: a run does not give them.
+    pub bound: Vec<usize>,
     steps: Vec<Step>,
     /// By node: its step makes values whose size is known only while running.
     pub dynamic: Vec<bool>,
@@ -58,7 +58,12 @@ pub(super) fn beyond_limit(node: &str, bytes: Option<u64>, limit: u64) -> ModelE
 }
 
 impl Runnable {
-    pub fn new(model: TypedModel, names: Names, options: &CompileOptions) -> TractResult<Runnable> {
+    pub fn new(
+        model: TypedModel,
+        names: Names,
+        bound: Vec<usize>,
+        options: &CompileOptions,
+    ) -> TractResult<Runnable> {
         let plan = TypedSimplePlan::new(model)?;
         let model = plan.model();
         let order = plan.order_without_consts();
@@ -91,7 +96,7 @@ impl Runnable {
                 .collect();
             steps.push(Step { node: id, values, work, dynamic: dynamic[id] });
         }
-        Ok(Runnable { plan, names, steps, dynamic, limit: options.memory_limit, last: Mutex::new(None) })
+        Ok(Runnable { plan, names, bound, steps, dynamic, limit: options.memory_limit, last: Mutex::new(None) })
     }
 
     /// Sizes of the free dimensions.
@@ -124,7 +129,7 @@ impl Runnable {
 
     fn measure(&self, symbols: &SymbolValues) -> Result<Demand, ModelError> {
         let mut dropped = vec![0u64; self.steps.len()];
-        let (mut alive, mut peak, mut slowest) = (0u64, 0u64, 0u64);
+        let (mut alive, mut slowest) = (0u64, 0u64);
         for (step, item) in self.steps.iter().enumerate() {
             let mut made = 0u64;
             for value in &item.values {
@@ -141,7 +146,6 @@ impl Runnable {
             if alive > self.limit {
                 return Err(self.beyond(item, Some(alive)));
             }
-            peak = peak.max(alive);
             alive -= dropped[step];
             // 10 ns for 4 bytes of output (a slow function such as erf), half a nanosecond for a multiply-add.
             let work = item.work.iter().filter_map(|count| u64::try_from(count.eval(symbols).to_i64().ok()?).ok());
@@ -150,7 +154,7 @@ impl Runnable {
                 slowest = slowest.max(HEAVY_NANOSECONDS + 1);
             }
         }
-        Ok(Demand { peak_bytes: peak, slowest })
+        Ok(Demand { slowest })
     }
 
     fn beyond(&self, step: &Step, bytes: Option<u64>) -> ModelError {
