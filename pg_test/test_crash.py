@@ -1,5 +1,6 @@
 """kill -9 of the server at a random moment of a load: after recovery each model is wholly there and right, or not there."""
 
+import math
 import random
 import sys
 import time
@@ -56,22 +57,25 @@ def test_kill_during_loads(crashing, tmp_path):
         conn.execute(PREDICT_INPUT.replace("%%", "%"))
         conn.execute("CREATE TABLE own (note text PRIMARY KEY, data tensor_block) USING tensor_block")
 
-    started = time.monotonic()
-    assert work(crashing, "m0", make_model(tmp_path, 0))
-    typical = time.monotonic() - started
-    contents = {"m0": (tmp_path / "round.onnx").read_bytes()}
-    promised, seen_whole, seen_none = {"m0"}, 0, 0
+    contents = {name: make_model(tmp_path, 100 + i) for i, name in enumerate(("first", "second"))}
+    shortest = math.inf
+    for name, content in contents.items():
+        started = time.monotonic()
+        assert work(crashing, name, content)
+        shortest = min(shortest, time.monotonic() - started)
+    promised, seen_whole, seen_none = set(contents), 0, 0
 
     for turn in range(1, ROUNDS + 1):
         name = f"m{turn}"
         contents[name] = make_model(tmp_path, turn)
         postmaster = crashing.postmaster()
         loading = Background(work, crashing, name, contents[name])
-        wait = dice.uniform(0, typical * 1.15)
+        wait = dice.uniform(0, shortest)
         time.sleep(wait)
         crashing.kill(postmaster)
         if loading.result():
             promised.add(name)
+            shortest = min(shortest, loading.seconds)
         crashing.start()
         with crashing.connect() as conn:
             where = f"seed {seed}, round {turn}, killed after {wait:.3f} s"
@@ -96,9 +100,9 @@ def test_kill_during_loads(crashing, tmp_path):
         conn.execute("VACUUM")
         conn.execute("VACUUM")
         assert storage(conn)["blocks_referenced"] > 0
-        check_answer(conn, "m0", contents["m0"], f"seed {seed}, after vacuum")
+        check_answer(conn, "first", contents["first"], f"seed {seed}, after vacuum")
     print(f"{seen_whole} loads were whole, {seen_none} left nothing", file=sys.stderr)
-    assert seen_none > 0, "no kill hit a load: the waits are too long"
+    assert seen_none >= 5, "too few kills hit a load: the waits are too long"
 
 
 def check_answer(conn: psycopg.Connection, name: str, content: bytes, where: str) -> None:

@@ -1,4 +1,4 @@
-\set QUIET on
+-- The tour of `make demo`. What it made before is dropped first, and only that.
 SET client_min_messages = warning;
 DROP SCHEMA IF EXISTS demo CASCADE;
 CREATE SCHEMA demo;
@@ -6,7 +6,7 @@ SET search_path = demo, public;
 SELECT drop_model(name) FROM (SELECT DISTINCT name FROM tessera.models
     WHERE name IN ('file_type', 'sentences', 'reader', 'fraud', 'encoder', 'encoder_copy', 'encoder_tuned')) AS old \g /dev/null
 RESET client_min_messages;
-\timing off
+\set ECHO all
 
 -- 1. A file-type classifier (3 MB, convolutions), out of a server file, transactional like any DDL.
 

@@ -69,11 +69,13 @@ pub fn check_name(name: &str) {
     )
 }
 
-#[cfg(test)]
+// A #[pg_test], since what refuses a name raises an ERROR, which a program without a server cannot link.
+#[cfg(any(test, feature = "pg_test"))]
+#[pgrx::pg_schema]
 mod tests {
     use super::*;
 
-    #[test]
+    #[pg_test]
     fn a_name_may_carry_a_version() {
         assert_eq!(ModelSpec::parse("a b"), ModelSpec { name: "a b", version: None });
         assert_eq!(ModelSpec::parse("fraud@12"), ModelSpec { name: "fraud", version: Some(12) });

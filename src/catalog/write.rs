@@ -52,17 +52,14 @@ fn lock_name(name: &str) {
     let object = u32::from_le_bytes(hash.as_bytes()[..4].try_into().expect("four bytes"));
     // SAFETY: a heavyweight lock on (database, class, number); released at the end of the transaction.
     unsafe {
-        pg_sys::LockDatabaseObject(
-            class,
-            pg_sys::Oid::from_u32(object),
-            0,
-            pg_sys::ExclusiveLock as pg_sys::LOCKMODE,
-        )
+        pg_sys::LockDatabaseObject(class, pg_sys::Oid::from_u32(object), 0, pg_sys::ExclusiveLock as pg_sys::LOCKMODE)
     };
 }
 
 struct ModelRow {
     id: i64,
+    /// Qualified and quoted; its owner may have renamed it.
+    domain_name: String,
     domain: pg_sys::Oid,
     active: Option<i32>,
     last_version: i32,
@@ -70,7 +67,7 @@ struct ModelRow {
 
 fn find(client: &SpiClient<'_>, name: &str) -> Result<Option<ModelRow>, SpiError> {
     let rows = client.select(
-        "SELECT id, domain::oid, active_version, last_version FROM tessera.model WHERE name = $1",
+        "SELECT id, domain::oid, active_version, last_version, domain::text FROM tessera.model WHERE name = $1",
         Some(1),
         &[name.into()],
     )?;
@@ -83,6 +80,7 @@ fn find(client: &SpiClient<'_>, name: &str) -> Result<Option<ModelRow>, SpiError
         domain: row.get(2)?.unwrap_or(pg_sys::InvalidOid),
         active: row.get(3)?,
         last_version: row.get(4)?.unwrap_or_default(),
+        domain_name: row.get(5)?.unwrap_or_default(),
     }))
 }
 
@@ -116,9 +114,8 @@ fn domain_name(name: &str) -> String {
 fn create(client: &mut SpiClient<'_>, name: &str, caller: pg_sys::Oid) -> Result<ModelRow, SpiError> {
     let domain = domain_name(name);
     // SAFETY: syscache look-up; the name is palloc'd.
-    let owner = unsafe {
-        std::ffi::CStr::from_ptr(pg_sys::GetUserNameFromId(caller, false)).to_string_lossy().into_owned()
-    };
+    let owner =
+        unsafe { std::ffi::CStr::from_ptr(pg_sys::GetUserNameFromId(caller, false)).to_string_lossy().into_owned() };
     client.update(&format!("CREATE DOMAIN {domain} AS bytea"), None, &[])?;
     let comment = pgrx::spi::quote_literal("a model of pg_tessera: its owner owns the model, USAGE allows to predict");
     client.update(&format!("COMMENT ON DOMAIN {domain} IS {comment}"), None, &[])?;
@@ -312,8 +309,7 @@ pub fn rename(name: &str, new_name: &str) {
                 "Choose another name, or drop that model first.",
             );
         }
-        let rename =
-            format!("ALTER DOMAIN {} RENAME TO {}", domain_name(name), pgrx::spi::quote_identifier(new_name));
+        let rename = format!("ALTER DOMAIN {} RENAME TO {}", model.domain_name, pgrx::spi::quote_identifier(new_name));
         client.update(&rename, None, &[])?;
         client.update("UPDATE tessera.model SET name = $2 WHERE id = $1", None, &[model.id.into(), new_name.into()])?;
         Ok(())
@@ -349,7 +345,7 @@ pub fn drop_model(spec: &ModelSpec<'_>) {
             None => {}
         }
         // The rows go when the event trigger sees that the domain is gone: so it is also with DROP DOMAIN and DROP OWNED.
-        client.update(&format!("DROP DOMAIN {}", domain_name(name)), None, &[])?;
+        client.update(&format!("DROP DOMAIN {}", model.domain_name), None, &[])?;
         Ok(())
     })
 }

@@ -1,8 +1,8 @@
 //! The type `tensor_block`: input and output, casts, accessors, comparison.
 
-use crate::pg::{array, error};
 use crate::pg::fmgr::{Call, MAX_ALLOC, sql_functions, varlena_datum};
 use crate::pg::varlena;
+use crate::pg::{array, error};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::ffi::CStr;
@@ -114,8 +114,7 @@ fn from_array<T: array::Fixed>(call: &Call, dtype: DType) -> pg_sys::Datum {
     array::with_elements::<T, _>(datum, |dims, values| {
         let shape = if dims.is_empty() { vec![0] } else { dims.iter().map(|&d| d as u32).collect() };
         // SAFETY: plain numbers, read as bytes. PostgreSQL and the block's form are both little-endian here.
-        let bytes =
-            unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), std::mem::size_of_val(values)) };
+        let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), std::mem::size_of_val(values)) };
         to_datum(&Block::new(dtype, shape, bytes).unwrap_or_else(|e| invalid(e)))
     })
 }
@@ -141,18 +140,14 @@ fn block_from_parts(call: &Call) -> pg_sys::Datum {
             &format!("Types are {}.", DType::ALL.iter().map(|d| d.name()).collect::<Vec<_>>().join(", ")),
         )
     });
-    let shape = dims
-        .iter()
-        .map(|&dim| u32::try_from(dim))
-        .collect::<Result<Vec<u32>, _>>()
-        .unwrap_or_else(|_| {
-            error::raise(
-                PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
-                "a dimension is negative",
-                &format!("The shape is {dims:?}."),
-                "Give dimensions of zero or more.",
-            )
-        });
+    let shape = dims.iter().map(|&dim| u32::try_from(dim)).collect::<Result<Vec<u32>, _>>().unwrap_or_else(|_| {
+        error::raise(
+            PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
+            "a dimension is negative",
+            &format!("The shape is {dims:?}."),
+            "Give dimensions of zero or more.",
+        )
+    });
     to_datum(&Block::new(dtype, shape, data).unwrap_or_else(|e| invalid(e)))
 }
 

@@ -54,9 +54,7 @@ unsafe fn check_readable(oid: pg_sys::Oid) {
         return;
     }
     // SAFETY: syscache look-ups in a transaction.
-    let result = unsafe {
-        pg_sys::pg_class_aclcheck(oid, pg_sys::GetUserId(), pg_sys::ACL_SELECT as pg_sys::AclMode)
-    };
+    let result = unsafe { pg_sys::pg_class_aclcheck(oid, pg_sys::GetUserId(), pg_sys::ACL_SELECT as pg_sys::AclMode) };
     if result != pg_sys::AclResult::ACLCHECK_OK {
         error::raise(
             PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,

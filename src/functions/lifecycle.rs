@@ -9,14 +9,7 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::io::Write;
 
-sql_functions!(
-    activate_model,
-    rename_model,
-    drop_model,
-    export_model,
-    export_model_to_large_object,
-    on_sql_drop,
-);
+sql_functions!(activate_model, rename_model, drop_model, export_model, export_model_to_large_object, on_sql_drop,);
 
 fn activate_model(call: &Call) -> pg_sys::Datum {
     let name: &str = call.need(0, "name");
@@ -39,14 +32,17 @@ fn drop_model(call: &Call) -> pg_sys::Datum {
 
 /// Event trigger on `sql_drop`: a model goes with its domain, however that was dropped.
 fn on_sql_drop(call: &Call) -> pg_sys::Datum {
-    let dropped_domain = Spi::get_one::<bool>(
-        "SELECT EXISTS (SELECT FROM pg_catalog.pg_event_trigger_dropped_objects()
-                        WHERE object_type IN ('type', 'domain') AND schema_name = 'tessera_model')",
-    );
     // During DROP EXTENSION the tables are gone with the domains.
-    let tables = crate::pg::scan::relation_oid(c"tessera", c"weight").is_some();
-    if tables && dropped_domain == Ok(Some(true)) {
-        catalog::drop_orphans();
+    if crate::pg::scan::relation_oid(c"tessera", c"weight").is_some() {
+        let dropped_domain = crate::pg::identity::as_extension_owner(|_| {
+            Spi::get_one::<bool>(
+                "SELECT EXISTS (SELECT FROM pg_event_trigger_dropped_objects()
+                                WHERE object_type IN ('type', 'domain') AND schema_name = 'tessera_model')",
+            )
+        });
+        if dropped_domain == Ok(Some(true)) {
+            catalog::drop_orphans();
+        }
     }
     call.null();
     pg_sys::Datum::from(0)

@@ -114,10 +114,7 @@ fn check_may_read_files() {
     // SAFETY: syscache look-ups in a transaction.
     let allowed = unsafe {
         pg_sys::superuser()
-            || pg_sys::has_privs_of_role(
-                pg_sys::GetUserId(),
-                pg_sys::Oid::from_u32(pg_sys::ROLE_PG_READ_SERVER_FILES),
-            )
+            || pg_sys::has_privs_of_role(pg_sys::GetUserId(), pg_sys::Oid::from_u32(pg_sys::ROLE_PG_READ_SERVER_FILES))
     };
     if !allowed {
         error::raise(

@@ -8,5 +8,4 @@ mod predict;
 pub mod settings;
 
 #[cfg(any(test, feature = "pg_test"))]
-#[pgrx::pg_schema]
 mod tests;

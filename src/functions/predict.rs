@@ -28,15 +28,18 @@ sql_functions!(predict_real, predict_double, predict_integer, predict_bigint, pr
 /// Names that a session remembers.
 const NAMES: NonZeroUsize = NonZeroUsize::new(256).expect("not zero");
 
+/// What a plan is kept under: the model's content hash, and the memory limit with which it was compiled.
+type PlanKey = ([u8; 32], u64);
+
 struct Name {
     seen_by: SnapshotIdentity,
     user: pg_sys::Oid,
-    content_hash: [u8; 32],
+    key: PlanKey,
     plan: Arc<Plan>,
 }
 
 thread_local! {
-    static PLANS: RefCell<LruCache<[u8; 32], Arc<Plan>>> = RefCell::new(LruCache::unbounded());
+    static PLANS: RefCell<LruCache<PlanKey, Arc<Plan>>> = RefCell::new(LruCache::unbounded());
     static NAMED: RefCell<LruCache<String, Name>> = RefCell::new(LruCache::new(NAMES));
 }
 
@@ -47,14 +50,17 @@ fn plan_of(spec: &str) -> Arc<Plan> {
     let known = NAMED.with_borrow_mut(|names| {
         names
             .get(spec)
-            .filter(|name| name.seen_by == seen_by && name.user == user)
+            .filter(|name| {
+                name.seen_by == seen_by && name.user == user && name.key.1 == settings::max_prediction_bytes()
+            })
             .map(|name| name.plan.clone())
     });
     if let Some(plan) = known {
         return plan;
     }
     let version = catalog::resolve(&ModelSpec::parse(spec));
-    let cached = PLANS.with_borrow_mut(|plans| plans.get(&version.content_hash).cloned());
+    let key = (version.content_hash, settings::max_prediction_bytes());
+    let cached = PLANS.with_borrow_mut(|plans| plans.get(&key).cloned());
     let plan = cached.unwrap_or_else(|| {
         let graph = catalog::graph(&version.graph_hash);
         let tensors = catalog::tensors(version.id);
@@ -69,7 +75,7 @@ fn plan_of(spec: &str) -> Arc<Plan> {
         remember(version.content_hash, plan.clone());
         plan
     });
-    let name = Name { seen_by, user, content_hash: version.content_hash, plan: plan.clone() };
+    let name = Name { seen_by, user, key, plan: plan.clone() };
     NAMED.with_borrow_mut(|names| names.put(spec.to_owned(), name));
     plan
 }
@@ -85,7 +91,7 @@ pub fn compile(graph: &[u8], fetch: &mut FetchTensor<'_>) -> Arc<Plan> {
 /// Keeps a plan for this session, and lets the least recently used ones go.
 pub fn remember(content_hash: [u8; 32], plan: Arc<Plan>) {
     PLANS.with_borrow_mut(|plans| {
-        plans.put(content_hash, plan);
+        plans.put((content_hash, settings::max_prediction_bytes()), plan);
     });
     shrink();
 }
@@ -96,19 +102,16 @@ fn shrink() {
         let mut total: u64 = plans.iter().map(|(_, plan)| plan.memory_bytes()).sum();
         let mut evicted = Vec::new();
         while total > limit && plans.len() > 1 {
-            let Some((hash, plan)) = plans.pop_lru() else { break };
+            let Some((key, plan)) = plans.pop_lru() else { break };
             total -= plan.memory_bytes().min(total);
-            evicted.push(hash);
+            evicted.push(key);
         }
         evicted
     });
     if !evicted.is_empty() {
         NAMED.with_borrow_mut(|names| {
-            let gone: Vec<String> = names
-                .iter()
-                .filter(|(_, name)| evicted.contains(&name.content_hash))
-                .map(|(spec, _)| spec.clone())
-                .collect();
+            let gone: Vec<String> =
+                names.iter().filter(|(_, name)| evicted.contains(&name.key)).map(|(spec, _)| spec.clone()).collect();
             for spec in gone {
                 names.pop(&spec);
             }
@@ -124,10 +127,8 @@ fn run(plan: &Arc<Plan>, inputs: Vec<(String, HostTensor)>) -> Vec<(String, Host
         compute::start();
         let (plan, memory) = (plan.clone(), plan.memory_bytes());
         let shared = plan.clone();
-        let result = inference::worker::run_interruptible(
-            move |cancel| plan.run(inputs, cancel),
-            &mut interrupt::should_stop,
-        );
+        let result =
+            inference::worker::run_interruptible(move |cancel| plan.run(inputs, cancel), &mut interrupt::should_stop);
         if shared.memory_bytes() != memory {
             shrink();
         }

@@ -37,7 +37,9 @@ fn way_out(kind: &ErrorKind) -> &'static str {
     match kind {
         ErrorKind::NotOnnx => "Give the bytes of an .onnx file.",
         ErrorKind::Truncated => "Transfer the file again; check that it was written to its end.",
-        ErrorKind::InvalidModel => "Check the file with onnx.checker, and export the model again, if possible for a plain batch.",
+        ErrorKind::InvalidModel => {
+            "Check the file with onnx.checker, and export the model again, if possible for a plain batch."
+        }
         ErrorKind::UnsupportedOperator | ErrorKind::UnsupportedOpset => {
             "Export the model for another opset, or without that operator."
         }

@@ -50,9 +50,8 @@ impl Call {
     /// Bytes of a varlena argument (bytea, text, tensor_block), detoasted; they live until the call's context is reset.
     pub fn bytes(&self, n: usize) -> Option<&[u8]> {
         // SAFETY: the SQL declaration says that the argument is a varlena; the copy, if one is made, is palloc'd.
-        self.datum(n).map(|datum| unsafe {
-            super::varlena::payload(pg_sys::pg_detoast_datum_packed(datum.cast_mut_ptr()))
-        })
+        self.datum(n)
+            .map(|datum| unsafe { super::varlena::payload(pg_sys::pg_detoast_datum_packed(datum.cast_mut_ptr())) })
     }
 
     /// Returns SQL NULL.

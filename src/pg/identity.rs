@@ -63,7 +63,8 @@ fn extension_owner() -> pg_sys::Oid {
         let index = pg_sys::Oid::from_u32(pg_sys::ExtensionNameIndexId);
         let scan = pg_sys::systable_beginscan(rel.raw(), index, true, std::ptr::null_mut(), 1, &mut key);
         let tuple = pg_sys::systable_getnext(scan);
-        let owner = (!tuple.is_null()).then(|| (*pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_extension>()).extowner);
+        let owner =
+            (!tuple.is_null()).then(|| (*pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_extension>()).extowner);
         pg_sys::systable_endscan(scan);
         owner
     };

@@ -51,10 +51,7 @@ pub fn needs_wal(rel: pg_sys::Relation) -> bool {
         #[cfg(not(any(feature = "pg14", feature = "pg15")))]
         let new_file = (*rel).rd_firstRelfilelocatorSubid;
         let needed = pg_sys::wal_level >= pg_sys::WalLevel::WAL_LEVEL_REPLICA as i32;
-        permanent
-            && (needed
-                || ((*rel).rd_createSubid == NO_SUBTRANSACTION
-                    && new_file == NO_SUBTRANSACTION))
+        permanent && (needed || ((*rel).rd_createSubid == NO_SUBTRANSACTION && new_file == NO_SUBTRANSACTION))
     }
 }
 

@@ -110,8 +110,7 @@ pub fn by_index<T>(
         #[cfg(not(feature = "pg18"))]
         let scan = pg_sys::index_beginscan(table.raw(), index.raw(), snapshot, nkeys, 0);
         #[cfg(feature = "pg18")]
-        let scan =
-            pg_sys::index_beginscan(table.raw(), index.raw(), snapshot, std::ptr::null_mut(), nkeys, 0);
+        let scan = pg_sys::index_beginscan(table.raw(), index.raw(), snapshot, std::ptr::null_mut(), nkeys, 0);
         pg_sys::index_rescan(scan, scan_keys.as_mut_ptr(), nkeys, std::ptr::null_mut(), 0);
         let mut found = None;
         while pg_sys::index_getnext_slot(scan, pg_sys::ScanDirection::ForwardScanDirection, slot) {

@@ -26,10 +26,8 @@ impl ToastIndexes {
         };
         let indexes: Vec<OpenRelation> = oids.into_iter().map(|oid| OpenRelation::index(oid, lockmode)).collect();
         // SAFETY: each index is open, so its pg_index row is there.
-        let valid = indexes
-            .iter()
-            .position(|index| unsafe { (*(*index.raw()).rd_index).indisvalid })
-            .unwrap_or_else(|| {
+        let valid =
+            indexes.iter().position(|index| unsafe { (*(*index.raw()).rd_index).indisvalid }).unwrap_or_else(|| {
                 super::error::raise(
                     PgSqlErrorCode::ERRCODE_INDEX_CORRUPTED,
                     "block store has no valid directory index",

@@ -3,10 +3,8 @@
 use pgrx::pg_sys;
 
 /// `ItemPointerSetInvalid` (itemptr.h), which has no binding.
-pub const INVALID_TID: pg_sys::ItemPointerData = pg_sys::ItemPointerData {
-    ip_blkid: pg_sys::BlockIdData { bi_hi: 0xffff, bi_lo: 0xffff },
-    ip_posid: 0,
-};
+pub const INVALID_TID: pg_sys::ItemPointerData =
+    pg_sys::ItemPointerData { ip_blkid: pg_sys::BlockIdData { bi_hi: 0xffff, bi_lo: 0xffff }, ip_posid: 0 };
 
 /// Column `column` (from 0) of a descriptor.
 ///

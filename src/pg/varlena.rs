@@ -105,8 +105,7 @@ pub unsafe fn toast_pointer(datum: *const pg_sys::varlena) -> Option<(StandIn, p
         let p = datum.cast::<u8>();
         let word = |at: usize| p.add(at).cast::<u32>().read_unaligned();
         let raw = word(2);
-        let stand_in =
-            StandIn { raw_len: raw.wrapping_sub(VARHDRSZ as u32), ext_info: word(6), block_id: word(10) };
+        let stand_in = StandIn { raw_len: raw.wrapping_sub(VARHDRSZ as u32), ext_info: word(6), block_id: word(10) };
         Some((stand_in, pg_sys::Oid::from_u32(word(14))))
     }
 }

@@ -27,7 +27,7 @@ pub fn tid_of(block_id: u32) -> pg_sys::ItemPointerData {
 /// The block id for which a TID stands.
 pub fn block_id_of(tid: pg_sys::ItemPointerData) -> u32 {
     let page = u32::from(tid.ip_blkid.bi_hi) << 16 | u32::from(tid.ip_blkid.bi_lo);
-    page * IDS_PER_PAGE + u32::from(tid.ip_posid) - 1
+    page * IDS_PER_PAGE + (u32::from(tid.ip_posid) - 1)
 }
 
 #[cfg(test)]

@@ -58,7 +58,7 @@ pub struct Meta {
     pub map_next: u32,
     /// One past the last page set aside for maps and locators.
     pub map_end: u32,
-    /// Blocks that have a locator.
+    /// Blocks for which an id was reserved; a crash may have left some without a locator.
     pub stored_blocks: u64,
     /// Their stored bytes.
     pub stored_bytes: u64,
@@ -146,14 +146,7 @@ impl Meta {
         w.put(&self.version.to_le_bytes());
         w.put(&self.flags.to_le_bytes());
         w.put(&self.hash_key);
-        for v in [
-            self.next_block_id,
-            self.next_extent,
-            self.fill_extent,
-            self.fill_used,
-            self.map_next,
-            self.map_end,
-        ] {
+        for v in [self.next_block_id, self.next_extent, self.fill_extent, self.fill_used, self.map_next, self.map_end] {
             w.put(&v.to_le_bytes());
         }
         w.put(&self.stored_blocks.to_le_bytes());

@@ -116,8 +116,7 @@ pub fn reserve(rel: pg_sys::Relation, len: u32) -> Reservation {
         let meta = meta_of(rel, page.bytes());
         let path = Path::of(meta.next_block_id);
         // Ids come in order, so a locator page is missing only for the first id that it would hold.
-        let new_maps =
-            if path.slot == 0 || meta.next_block_id == 1 { missing_maps(rel, &meta, &path) } else { 0 };
+        let new_maps = if path.slot == 0 || meta.next_block_id == 1 { missing_maps(rel, &meta, &path) } else { 0 };
         let reservation = match plan(&meta, len, new_maps) {
             Ok(reservation) => reservation,
             Err(full) => full_store(full),

@@ -166,4 +166,3 @@ pub fn totals(rel: pg_sys::Relation) -> (u64, u64, u32) {
 pub fn for_each_block(rel: pg_sys::Relation, f: impl FnMut(u32, &Locator)) {
     locators::for_each(rel, f);
 }
-

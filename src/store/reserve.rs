@@ -3,9 +3,7 @@
 //! A pure function of the metapage, so that it can be tried before the pages exist: the caller extends the file first
 //! (the extension lock is never waited for under a content lock), then applies the same plan under the exclusive lock.
 
-use super::format::{
-    EXTENT_BYTES, EXTENT_PAGES, HEAD_PAGES, MAP_FANOUT, Meta, Path, ROOTS, extent_start,
-};
+use super::format::{EXTENT_BYTES, EXTENT_PAGES, HEAD_PAGES, MAP_FANOUT, Meta, Path, ROOTS, extent_start};
 use crate::pg::buffer::PAGE_BYTES;
 
 /// What a new block gets, and the metapage after it.

@@ -8,8 +8,8 @@ use super::{call_heapam, is_store};
 use crate::pg::{error, interrupt};
 use crate::store::{self, directory};
 use pgrx::pg_sys;
-use pgrx::prelude::*;
 use pgrx::pg_sys::{HTSV_Result, ScanDirection};
+use pgrx::prelude::*;
 
 /// `MaxHeapTuplesPerPage` (htup_details.h) of 8 kB pages, which has no binding.
 const ROOT_OFFSETS: usize = 291;
@@ -34,10 +34,8 @@ pub unsafe extern "C-unwind" fn index_build_range_scan(
         if is_store(table) {
             return build_directory(table, index, callback, state);
         }
-        if start_block != 0 || blocks != pg_sys::InvalidBlockNumber {
-            error::not_supported("indexes over a range of pages are not supported for tables with access method tensor_block", "Use a btree index.");
-        }
-        build_rows(table, index, info, allow_sync, anyvisible, progress, callback, state, scan)
+        let range = (!allow_sync).then_some((start_block, blocks));
+        build_rows(table, index, info, range, anyvisible, progress, callback, state, scan)
     }
 }
 
@@ -73,7 +71,7 @@ unsafe fn build_rows(
     table: pg_sys::Relation,
     index: pg_sys::Relation,
     info: *mut pg_sys::IndexInfo,
-    allow_sync: bool,
+    range: Option<(pg_sys::BlockNumber, pg_sys::BlockNumber)>,
     anyvisible: bool,
     progress: bool,
     callback: pg_sys::IndexBuildCallback,
@@ -104,10 +102,13 @@ unsafe fn build_rows(
             } else {
                 &raw mut pg_sys::SnapshotAnyData
             };
-            pg_sys::table_beginscan_strat(table, snapshot, 0, std::ptr::null_mut(), true, allow_sync)
+            pg_sys::table_beginscan_strat(table, snapshot, 0, std::ptr::null_mut(), true, range.is_none())
         } else {
             given_scan
         };
+        if let Some((start, blocks)) = range {
+            pg_sys::heap_setscanlimits(scan, start, blocks);
+        }
         let any_snapshot = (*(*scan).rs_snapshot).snapshot_type == pg_sys::SnapshotType::SNAPSHOT_ANY;
         let heap_scan = scan.cast::<pg_sys::HeapScanDescData>();
         if progress {
@@ -267,12 +268,7 @@ unsafe fn judge(
                 return Verdict::Index { alive, counts: !alive };
             }
             // A verdict now could be wrong once that transaction ends.
-            pg_sys::XactLockTableWait(
-                wait_for,
-                table,
-                &mut (*tuple).t_self,
-                pg_sys::XLTW_Oper::XLTW_InsertIndexUnique,
-            );
+            pg_sys::XactLockTableWait(wait_for, table, &mut (*tuple).t_self, pg_sys::XLTW_Oper::XLTW_InsertIndexUnique);
             interrupt::check();
         }
     }

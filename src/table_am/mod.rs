@@ -15,7 +15,6 @@ mod slot;
 mod toaster;
 
 #[cfg(any(test, feature = "pg_test"))]
-#[pgrx::pg_schema]
 mod tests;
 
 use pgrx::pg_sys;

@@ -1,12 +1,41 @@
 //! Insertions and row locks. Deletion is heapam's own callback: the payload stays in the store.
 
+use super::refuse_store;
 use super::slot::{as_ours, begin_store, remember_stored};
 use super::toaster::Toaster;
-use super::refuse_store;
 use crate::pg::{error, memory};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::ffi::c_int;
+
+/// `TABLE_INSERT_NO_LOGICAL` (tableam.h), which has no binding.
+const NO_LOGICAL: c_int = 0x0008;
+
+/// Keeps rows out of logical decoding, which sees stand-ins and not the payloads: it would fail on them. A table that is
+/// published refuses the insertion instead of losing it silently; the extension's own table of blocks is exempt, so that
+/// a publication FOR ALL TABLES does not block `load_model`.
+unsafe fn insert_options(rel: pg_sys::Relation, options: c_int) -> c_int {
+    // SAFETY: an open relation, in a transaction.
+    unsafe {
+        if pg_sys::wal_level < pg_sys::WalLevel::WAL_LEVEL_LOGICAL as i32 {
+            return options;
+        }
+        let own = crate::pg::scan::relation_oid(c"tessera", c"weight") == Some((*rel).rd_id);
+        #[cfg(not(feature = "pg14"))]
+        if !own {
+            let mut publication = pg_sys::PublicationDesc::default();
+            pg_sys::RelationBuildPublicationDesc(rel, &mut publication);
+            if publication.pubactions.pubinsert {
+                error::not_supported(
+                    "logical replication of tables with access method tensor_block is not supported",
+                    "Take the table out of the publication, or copy its rows to a heap table and publish that.",
+                );
+            }
+        }
+        let _ = own;
+        options | NO_LOGICAL
+    }
+}
 
 #[pg_guard]
 pub unsafe extern "C-unwind" fn tuple_insert(
@@ -19,6 +48,7 @@ pub unsafe extern "C-unwind" fn tuple_insert(
     // SAFETY: PostgreSQL passes an open relation and a filled slot of any kind (CREATE TABLE AS passes its own).
     unsafe {
         refuse_store(rel, "insertion into");
+        let options = insert_options(rel, options);
         pg_sys::slot_getallattrs(slot);
         (*slot).tts_tableOid = (*rel).rd_id;
         memory::in_scratch(|| {
@@ -46,6 +76,7 @@ pub unsafe extern "C-unwind" fn multi_insert(
     // stored into a heap slot of the scratch context for the call.
     unsafe {
         refuse_store(rel, "insertion into");
+        let options = insert_options(rel, options);
         let slots = std::slice::from_raw_parts(slots, nslots as usize);
         memory::in_scratch(|| {
             let mut toaster = Toaster::new(rel);
@@ -143,17 +174,7 @@ pub unsafe extern "C-unwind" fn tuple_lock(
     unsafe {
         let inner = begin_store(slot, rel);
         pg_sys::ExecClearTuple(inner);
-        let result = super::call_heapam!(tuple_lock(
-            rel,
-            tid,
-            snapshot,
-            inner,
-            cid,
-            mode,
-            wait_policy,
-            flags,
-            tmfd
-        ));
+        let result = super::call_heapam!(tuple_lock(rel, tid, snapshot, inner, cid, mode, wait_policy, flags, tmfd));
         // heapam stores the row whatever the result is, unless it says that there is none.
         if (*inner).tts_flags & pg_sys::TTS_FLAG_EMPTY as u16 == 0 {
             super::slot::end_store(slot, rel);

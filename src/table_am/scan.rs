@@ -61,13 +61,7 @@ pub unsafe extern "C-unwind" fn scan_analyze_next_tuple(
     deadrows: *mut f64,
     slot: *mut pg_sys::TupleTableSlot,
 ) -> bool {
-    next_into!(scan, slot, |inner| call_heapam!(scan_analyze_next_tuple(
-        scan,
-        oldest_xmin,
-        liverows,
-        deadrows,
-        inner
-    )))
+    next_into!(scan, slot, |inner| call_heapam!(scan_analyze_next_tuple(scan, oldest_xmin, liverows, deadrows, inner)))
 }
 
 #[cfg(not(feature = "pg18"))]
@@ -89,13 +83,7 @@ pub unsafe extern "C-unwind" fn scan_bitmap_next_tuple(
     lossy_pages: *mut u64,
     exact_pages: *mut u64,
 ) -> bool {
-    next_into!(scan, slot, |inner| call_heapam!(scan_bitmap_next_tuple(
-        scan,
-        inner,
-        recheck,
-        lossy_pages,
-        exact_pages
-    )))
+    next_into!(scan, slot, |inner| call_heapam!(scan_bitmap_next_tuple(scan, inner, recheck, lossy_pages, exact_pages)))
 }
 
 #[pg_guard]

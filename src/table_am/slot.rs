@@ -207,8 +207,7 @@ unsafe extern "C-unwind" fn getsomeattrs(slot: *mut pg_sys::TupleTableSlot, natt
             let isnull = *(*inner).tts_isnull.add(i);
             let value = *(*inner).tts_values.add(i);
             *(*slot).tts_isnull.add(i) = isnull;
-            *(*slot).tts_values.add(i) =
-                if isnull { value } else { outside_form(ours, i, value) };
+            *(*slot).tts_values.add(i) = if isnull { value } else { outside_form(ours, i, value) };
         }
         (*slot).tts_nvalid = natts as i16;
     }

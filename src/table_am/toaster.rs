@@ -37,11 +37,7 @@ impl Toaster {
     ///
     /// # Safety
     /// The arrays have a valid value for each column of the table's descriptor.
-    pub unsafe fn form(
-        &mut self,
-        values: *const pg_sys::Datum,
-        isnull: *const bool,
-    ) -> pg_sys::HeapTuple {
+    pub unsafe fn form(&mut self, values: *const pg_sys::Datum, isnull: *const bool) -> pg_sys::HeapTuple {
         // SAFETY: by the contract; each non-null varlena column's datum points at a varlena.
         unsafe {
             let natts = (*self.desc).natts as usize;

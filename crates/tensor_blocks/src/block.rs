@@ -74,9 +74,7 @@ impl<'a> Block<'a> {
             return Err(BlockError::Rank(shape.len()));
         }
         let elements = shape.iter().try_fold(1u64, |n, &dim| n.checked_mul(u64::from(dim)));
-        let expected = elements
-            .and_then(|n| dtype.byte_len(n))
-            .ok_or_else(|| BlockError::Shape(shape.clone()))?;
+        let expected = elements.and_then(|n| dtype.byte_len(n)).ok_or_else(|| BlockError::Shape(shape.clone()))?;
         if expected != data.len() as u64 {
             return Err(BlockError::Length { dtype: dtype.name(), shape, expected, found: data.len() });
         }
@@ -89,14 +87,10 @@ impl<'a> Block<'a> {
         if version != VERSION {
             return Err(BlockError::Version(version));
         }
-        let dtype =
-            DType::from_onnx(i32::from(dtype)).ok_or_else(|| BlockError::DType(dtype.to_string()))?;
+        let dtype = DType::from_onnx(i32::from(dtype)).ok_or_else(|| BlockError::DType(dtype.to_string()))?;
         let dims = 4 * usize::from(rank);
         let (shape, data) = bytes[HEAD..].split_at_checked(dims).ok_or(BlockError::Truncated)?;
-        let shape = shape
-            .chunks_exact(4)
-            .map(|dim| u32::from_le_bytes(dim.try_into().expect("four bytes")))
-            .collect();
+        let shape = shape.chunks_exact(4).map(|dim| u32::from_le_bytes(dim.try_into().expect("four bytes"))).collect();
         Block::new(dtype, shape, data)
     }
 

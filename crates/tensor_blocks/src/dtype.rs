@@ -94,11 +94,7 @@ impl DType {
 
     /// Bytes of one element; none for types narrower than a byte.
     pub const fn byte_width(self) -> Option<usize> {
-        if self.bits() < 8 {
-            None
-        } else {
-            Some(self.bits() as usize / 8)
-        }
+        if self.bits() < 8 { None } else { Some(self.bits() as usize / 8) }
     }
 
     /// True for types that pack several elements into one byte.
@@ -130,8 +126,7 @@ impl Serialize for DType {
 impl<'de> Deserialize<'de> for DType {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<DType, D::Error> {
         let name = std::borrow::Cow::<str>::deserialize(deserializer)?;
-        DType::from_name(&name)
-            .ok_or_else(|| D::Error::custom(format!("unknown element type \"{name}\"")))
+        DType::from_name(&name).ok_or_else(|| D::Error::custom(format!("unknown element type \"{name}\"")))
     }
 }
 

@@ -62,11 +62,7 @@ mod tests {
             block_hash(DType::Float32, &[2, 2], &[1; 16]),
             block_hash(DType::Float32, &[], &bytes),
             // The same stream but for the border between bytes and dims.
-            block_hash(
-                DType::Float32,
-                &[2],
-                &[&bytes[..], &2u32.to_le_bytes()].concat(),
-            ),
+            block_hash(DType::Float32, &[2], &[&bytes[..], &2u32.to_le_bytes()].concat()),
         ];
         for (i, left) in hashes.iter().enumerate() {
             for right in &hashes[i + 1..] {
@@ -83,9 +79,6 @@ mod tests {
         let expected = blake3::derive_key("pg_tessera tensor block v1", &stream);
         let hash = block_hash(DType::UInt8, &[1, 4], &[1, 2, 3, 4]);
         assert_eq!(hash.0, expected);
-        assert_eq!(
-            hash.to_string(),
-            "aadc88bdd5be5658365d18455fdc8514c161a15126838639cd4f8cb8ca2e9935"
-        );
+        assert_eq!(hash.to_string(), "aadc88bdd5be5658365d18455fdc8514c161a15126838639cd4f8cb8ca2e9935");
     }
 }

@@ -123,27 +123,16 @@ impl Tiling {
     /// # Errors
     /// When the tensor's bytes do not fit `isize`, a tile number does not fit 31 bits, the view is
     /// [`View::Transposed`] and the rank is not 2, or `block_bytes` is outside [`Tiling::BLOCK_BYTES`].
-    pub fn new(
-        dims: &[u64],
-        view: View,
-        dtype: DType,
-        block_bytes: usize,
-    ) -> Result<Tiling, TilingError> {
+    pub fn new(dims: &[u64], view: View, dtype: DType, block_bytes: usize) -> Result<Tiling, TilingError> {
         if !Tiling::BLOCK_BYTES.contains(&block_bytes) {
             return Err(TilingError::BlockBytes(block_bytes));
         }
         if view == View::Transposed && dims.len() != 2 {
             return Err(TilingError::NoMatrix(dims.len()));
         }
-        let too_large = || TilingError::TooLarge {
-            dtype,
-            dims: dims.to_vec(),
-        };
+        let too_large = || TilingError::TooLarge { dtype, dims: dims.to_vec() };
         let elements = elements(dims).ok_or_else(too_large)?;
-        let byte_len = dtype
-            .byte_len(elements)
-            .and_then(|n| isize::try_from(n).ok())
-            .ok_or_else(too_large)? as usize;
+        let byte_len = dtype.byte_len(elements).and_then(|n| isize::try_from(n).ok()).ok_or_else(too_large)? as usize;
 
         let (rows, cols) = match (dtype.is_packed(), view, dims) {
             (true, ..) | (_, _, []) => (1, elements),
@@ -158,27 +147,10 @@ impl Tiling {
         } else {
             tile_edges(rows, cols, block_elements(dtype, block_bytes))
         };
-        let tiling = Tiling {
-            dtype,
-            view,
-            rows,
-            cols,
-            tile_rows,
-            tile_cols,
-            byte_len,
-        };
-        if tiling
-            .rows
-            .div_ceil(u64::from(tile_rows))
-            .max(tiling.cols.div_ceil(u64::from(tile_cols)))
-            > i32::MAX as u64
+        let tiling = Tiling { dtype, view, rows, cols, tile_rows, tile_cols, byte_len };
+        if tiling.rows.div_ceil(u64::from(tile_rows)).max(tiling.cols.div_ceil(u64::from(tile_cols))) > i32::MAX as u64
         {
-            return Err(TilingError::TooManyTiles {
-                rows,
-                cols,
-                tile_rows,
-                tile_cols,
-            });
+            return Err(TilingError::TooManyTiles { rows, cols, tile_rows, tile_cols });
         }
         Ok(tiling)
     }
@@ -215,20 +187,12 @@ impl Tiling {
 
     /// Number of tiles from top to bottom.
     pub fn block_rows(&self) -> u32 {
-        if self.cols == 0 {
-            0
-        } else {
-            self.rows.div_ceil(u64::from(self.tile_rows)) as u32
-        }
+        if self.cols == 0 { 0 } else { self.rows.div_ceil(u64::from(self.tile_rows)) as u32 }
     }
 
     /// Number of tiles from left to right.
     pub fn block_cols(&self) -> u32 {
-        if self.rows == 0 {
-            0
-        } else {
-            self.cols.div_ceil(u64::from(self.tile_cols)) as u32
-        }
+        if self.rows == 0 { 0 } else { self.cols.div_ceil(u64::from(self.tile_cols)) as u32 }
     }
 
     /// Number of tiles.
@@ -250,20 +214,12 @@ impl Tiling {
         let col0 = u64::from(block_col) * u64::from(self.tile_cols);
         let rows = (self.rows - row0).min(u64::from(self.tile_rows)) as u32;
         let cols = (self.cols - col0).min(u64::from(self.tile_cols)) as u32;
-        Some(Tile {
-            block_row,
-            block_col,
-            row0,
-            col0,
-            rows,
-            cols,
-        })
+        Some(Tile { block_row, block_col, row0, col0, rows, cols })
     }
 
     /// All tiles, by block_row and then by block_col.
     pub fn tiles(&self) -> impl Iterator<Item = Tile> + '_ {
-        (0..self.block_rows())
-            .flat_map(move |row| (0..self.block_cols()).filter_map(move |col| self.tile(row, col)))
+        (0..self.block_rows()).flat_map(move |row| (0..self.block_cols()).filter_map(move |col| self.tile(row, col)))
     }
 
     /// Bytes of the block of this tile.
@@ -283,12 +239,7 @@ impl Tiling {
                 out.clear();
                 out.extend_from_slice(&src[start..start + len]);
             }
-            Walk::Rows {
-                start,
-                stride,
-                len,
-                rows,
-            } => {
+            Walk::Rows { start, stride, len, rows } => {
                 out.clear();
                 out.reserve(len * rows);
                 for row in 0..rows {
@@ -320,12 +271,7 @@ impl Tiling {
         self.check_call(tile, dst.len(), Some(block.len()))?;
         match self.walk(tile) {
             Walk::Run { start, len } => dst[start..start + len].copy_from_slice(block),
-            Walk::Rows {
-                start,
-                stride,
-                len,
-                rows,
-            } => {
+            Walk::Rows { start, stride, len, rows } => {
                 for (row, line) in block.chunks_exact(len).take(rows).enumerate() {
                     let at = start + row * stride;
                     dst[at..at + len].copy_from_slice(line);
@@ -345,36 +291,18 @@ impl Tiling {
         Ok(())
     }
 
-    fn check_call(
-        &self,
-        tile: Tile,
-        tensor: usize,
-        block: Option<usize>,
-    ) -> Result<(), TilingError> {
-        let Tile {
-            block_row,
-            block_col,
-            ..
-        } = tile;
+    fn check_call(&self, tile: Tile, tensor: usize, block: Option<usize>) -> Result<(), TilingError> {
+        let Tile { block_row, block_col, .. } = tile;
         if self.tile(block_row, block_col) != Some(tile) {
-            return Err(TilingError::NoSuchTile {
-                block_row,
-                block_col,
-            });
+            return Err(TilingError::NoSuchTile { block_row, block_col });
         }
         if tensor != self.byte_len {
-            return Err(TilingError::Length {
-                what: "the tensor",
-                expected: self.byte_len,
-                actual: tensor,
-            });
+            return Err(TilingError::Length { what: "the tensor", expected: self.byte_len, actual: tensor });
         }
         match block {
-            Some(actual) if actual != self.tile_bytes(tile) => Err(TilingError::Length {
-                what: "the block",
-                expected: self.tile_bytes(tile),
-                actual,
-            }),
+            Some(actual) if actual != self.tile_bytes(tile) => {
+                Err(TilingError::Length { what: "the block", expected: self.tile_bytes(tile), actual })
+            }
             _ => Ok(()),
         }
     }
@@ -383,37 +311,19 @@ impl Tiling {
     fn walk(&self, tile: Tile) -> Walk {
         let Some(width) = self.dtype.byte_width() else {
             let start = tile.col0 as usize / 8 * self.dtype.bits() as usize;
-            return Walk::Run {
-                start,
-                len: self.tile_bytes(tile),
-            };
+            return Walk::Run { start, len: self.tile_bytes(tile) };
         };
         let (row0, col0) = (tile.row0 as usize, tile.col0 as usize);
         if self.view == View::Transposed {
             let stride = self.rows as usize;
-            return Walk::Transposed {
-                start: col0 * stride + row0,
-                stride,
-            };
+            return Walk::Transposed { start: col0 * stride + row0, stride };
         }
         let stride = self.cols as usize;
-        let (start, len, rows) = (
-            (row0 * stride + col0) * width,
-            tile.cols as usize * width,
-            tile.rows as usize,
-        );
+        let (start, len, rows) = ((row0 * stride + col0) * width, tile.cols as usize * width, tile.rows as usize);
         if rows == 1 || tile.cols as usize == stride {
-            Walk::Run {
-                start,
-                len: len * rows,
-            }
+            Walk::Run { start, len: len * rows }
         } else {
-            Walk::Rows {
-                start,
-                stride: stride * width,
-                len,
-                rows,
-            }
+            Walk::Rows { start, stride: stride * width, len, rows }
         }
     }
 }
@@ -423,22 +333,14 @@ enum Walk {
     /// Contiguous: bytes.
     Run { start: usize, len: usize },
     /// Rows of `len` bytes, `stride` bytes apart.
-    Rows {
-        start: usize,
-        stride: usize,
-        len: usize,
-        rows: usize,
-    },
+    Rows { start: usize, stride: usize, len: usize, rows: usize },
     /// Columns become rows; in elements.
     Transposed { start: usize, stride: usize },
 }
 
 /// Product of the dimensions; none if that of those above 0 does not fit 64 bits.
 fn elements(dims: &[u64]) -> Option<u64> {
-    let product = dims
-        .iter()
-        .filter(|&&dim| dim > 0)
-        .try_fold(1u64, |product, &dim| product.checked_mul(dim))?;
+    let product = dims.iter().filter(|&&dim| dim > 0).try_fold(1u64, |product, &dim| product.checked_mul(dim))?;
     Some(if dims.contains(&0) { 0 } else { product })
 }
 

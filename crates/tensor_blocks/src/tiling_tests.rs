@@ -73,15 +73,9 @@ fn matrices_by_view() {
     for view in [View::RowsByLast, View::RowsByFirst, View::Transposed] {
         assert_eq!(View::from_name(view.name()), Some(view));
         let empty = tiling(&[3, 0], view, DType::Float32);
-        assert_eq!(
-            (empty.tile_count(), empty.tiles().count(), empty.byte_len()),
-            (0, 0, 0)
-        );
+        assert_eq!((empty.tile_count(), empty.tiles().count(), empty.byte_len()), (0, 0, 0));
         let empty = tiling(&[0, 3], view, DType::Int4);
-        assert_eq!(
-            (empty.tile_count(), empty.tiles().count(), empty.byte_len()),
-            (0, 0, 0)
-        );
+        assert_eq!((empty.tile_count(), empty.tiles().count(), empty.byte_len()), (0, 0, 0));
     }
 }
 
@@ -92,54 +86,23 @@ fn refuses_what_does_not_fit() {
     for dims in [&huge[..], &[1 << 61, 2], &[0, 1 << 63, 2], &[u64::MAX]] {
         assert_eq!(
             new(dims, View::RowsByLast, DType::Float32, K64),
-            TilingError::TooLarge {
-                dtype: DType::Float32,
-                dims: dims.to_vec()
-            }
+            TilingError::TooLarge { dtype: DType::Float32, dims: dims.to_vec() }
         );
     }
-    assert!(matches!(
-        new(&[1 << 40, 1 << 20], View::RowsByLast, DType::Int8, 64),
-        TilingError::TooManyTiles { .. }
-    ));
-    assert_eq!(
-        new(&[2, 2, 2], View::Transposed, DType::Int8, K64),
-        TilingError::NoMatrix(3)
-    );
-    assert_eq!(
-        new(&[2], View::RowsByLast, DType::Int8, 63),
-        TilingError::BlockBytes(63)
-    );
-    assert_eq!(
-        new(&[2], View::RowsByLast, DType::Int8, usize::MAX),
-        TilingError::BlockBytes(usize::MAX)
-    );
+    assert!(matches!(new(&[1 << 40, 1 << 20], View::RowsByLast, DType::Int8, 64), TilingError::TooManyTiles { .. }));
+    assert_eq!(new(&[2, 2, 2], View::Transposed, DType::Int8, K64), TilingError::NoMatrix(3));
+    assert_eq!(new(&[2], View::RowsByLast, DType::Int8, 63), TilingError::BlockBytes(63));
+    assert_eq!(new(&[2], View::RowsByLast, DType::Int8, usize::MAX), TilingError::BlockBytes(usize::MAX));
 
     let t = tiling(&[2, 3], View::RowsByLast, DType::Float32);
     let tile = t.tile(0, 0).unwrap();
     assert_eq!(t.tile(0, 1), None);
     assert_eq!(t.tile(1, 0), None);
     let mut out = Vec::new();
-    assert!(matches!(
-        t.gather(tile, &[0; 23], &mut out),
-        Err(TilingError::Length {
-            expected: 24,
-            actual: 23,
-            ..
-        })
-    ));
-    assert!(matches!(
-        t.scatter(tile, &[0; 25], &mut [0; 24]),
-        Err(TilingError::Length {
-            what: "the block",
-            ..
-        })
-    ));
+    assert!(matches!(t.gather(tile, &[0; 23], &mut out), Err(TilingError::Length { expected: 24, actual: 23, .. })));
+    assert!(matches!(t.scatter(tile, &[0; 25], &mut [0; 24]), Err(TilingError::Length { what: "the block", .. })));
     let foreign = Tile { rows: 3, ..tile };
-    assert!(matches!(
-        t.gather(foreign, &[0; 24], &mut out),
-        Err(TilingError::NoSuchTile { .. })
-    ));
+    assert!(matches!(t.gather(foreign, &[0; 24], &mut out), Err(TilingError::NoSuchTile { .. })));
 }
 
 /// The block of a tile, element by element from the definition of the view.
@@ -161,17 +124,12 @@ fn reference(t: &Tiling, tile: Tile, dims: &[u64], src: &[u8]) -> Vec<u8> {
     for row in tile.row0..tile.row0 + u64::from(tile.rows) {
         for col in tile.col0..tile.col0 + u64::from(tile.cols) {
             let transposed = t.view() == View::Transposed && bits >= 8;
-            let element = get(if transposed {
-                col * dims[1] + row
-            } else {
-                row * t.cols() + col
-            });
+            let element = get(if transposed { col * dims[1] + row } else { row * t.cols() + col });
             if bits < 8 {
                 out[(place * bits / 8) as usize] |= (element as u8) << (place * bits % 8);
             } else {
                 let width = bits as usize / 8;
-                out[place as usize * width..][..width]
-                    .copy_from_slice(&element.to_le_bytes()[..width]);
+                out[place as usize * width..][..width].copy_from_slice(&element.to_le_bytes()[..width]);
             }
             place += 1;
         }
@@ -179,20 +137,10 @@ fn reference(t: &Tiling, tile: Tile, dims: &[u64], src: &[u8]) -> Vec<u8> {
     out
 }
 
-fn check_roundtrip(
-    dims: &[u64],
-    view: View,
-    dtype: DType,
-    block_bytes: usize,
-    random: &mut Random,
-) {
+fn check_roundtrip(dims: &[u64], view: View, dtype: DType, block_bytes: usize, random: &mut Random) {
     let context = || format!("{dims:?} {view} {dtype} {block_bytes}");
     let t = Tiling::new(dims, view, dtype, block_bytes).unwrap();
-    assert!(
-        t.tile_rows().is_power_of_two() && t.tile_cols().is_power_of_two(),
-        "{}",
-        context()
-    );
+    assert!(t.tile_rows().is_power_of_two() && t.tile_cols().is_power_of_two(), "{}", context());
     let mut src = random.bytes(t.byte_len());
     if dtype.is_packed() {
         // The padding of the last byte is zero.
@@ -207,12 +155,7 @@ fn check_roundtrip(
     for tile in t.tiles() {
         t.gather(tile, &src, &mut block).unwrap();
         assert!(block.len() <= block_bytes, "{}", context());
-        assert_eq!(
-            block,
-            reference(&t, tile, dims, &src),
-            "{} {tile:?}",
-            context()
-        );
+        assert_eq!(block, reference(&t, tile, dims, &src), "{} {tile:?}", context());
         t.scatter(tile, &block, &mut back).unwrap();
         elements += u64::from(tile.rows) * u64::from(tile.cols);
     }
@@ -229,14 +172,7 @@ fn gather_and_scatter_are_inverse() {
                 check_roundtrip(&dims, view, dtype, 1024, &mut random);
             }
         }
-        for dims in [
-            &[][..],
-            &[1],
-            &[1025],
-            &[3, 5, 7],
-            &[2, 1, 9, 4],
-            &[3, 0, 2],
-        ] {
+        for dims in [&[][..], &[1], &[1025], &[3, 5, 7], &[2, 1, 9, 4], &[3, 0, 2]] {
             check_roundtrip(dims, View::RowsByLast, dtype, 64, &mut random);
             check_roundtrip(dims, View::RowsByFirst, dtype, 64, &mut random);
         }
@@ -249,9 +185,7 @@ fn gather_and_scatter_are_inverse_for_random_tensors() {
         let mut random = Random(seed);
         let dtype = DType::ALL[random.below(DType::ALL.len() as u64) as usize];
         let rank = random.below(5) as usize;
-        let dims: Vec<u64> = (0..rank)
-            .map(|_| random.below(if rank > 2 { 12 } else { 90 }))
-            .collect();
+        let dims: Vec<u64> = (0..rank).map(|_| random.below(if rank > 2 { 12 } else { 90 })).collect();
         let views = [View::RowsByLast, View::RowsByFirst, View::Transposed];
         let view = views[random.below(if rank == 2 { 3 } else { 2 }) as usize];
         let block_bytes = 64 + random.below(5000) as usize;

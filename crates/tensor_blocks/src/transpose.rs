@@ -6,13 +6,7 @@
 const TRANSPOSE_EDGE: usize = 16;
 
 /// `out[i * lines + j] = src[j * stride + i]` for i < run, j < lines, in elements of W bytes.
-pub(crate) fn transpose<const W: usize>(
-    src: &[u8],
-    stride: usize,
-    out: &mut [u8],
-    run: usize,
-    lines: usize,
-) {
+pub(crate) fn transpose<const W: usize>(src: &[u8], stride: usize, out: &mut [u8], run: usize, lines: usize) {
     let (src, out) = (src.as_chunks::<W>().0, out.as_chunks_mut::<W>().0);
     for j0 in (0..lines).step_by(TRANSPOSE_EDGE) {
         for i0 in (0..run).step_by(TRANSPOSE_EDGE) {
@@ -28,13 +22,7 @@ pub(crate) fn transpose<const W: usize>(
 }
 
 /// The inverse of [`transpose`]: `dst[j * stride + i] = block[i * lines + j]`.
-pub(crate) fn untranspose<const W: usize>(
-    block: &[u8],
-    dst: &mut [u8],
-    stride: usize,
-    run: usize,
-    lines: usize,
-) {
+pub(crate) fn untranspose<const W: usize>(block: &[u8], dst: &mut [u8], stride: usize, run: usize, lines: usize) {
     let (block, dst) = (block.as_chunks::<W>().0, dst.as_chunks_mut::<W>().0);
     for j0 in (0..lines).step_by(TRANSPOSE_EDGE) {
         for i0 in (0..run).step_by(TRANSPOSE_EDGE) {

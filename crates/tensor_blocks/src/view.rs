@@ -29,9 +29,7 @@ impl View {
 
     /// The view with this [`name`](View::name).
     pub fn from_name(name: &str) -> Option<View> {
-        [View::RowsByLast, View::RowsByFirst, View::Transposed]
-            .into_iter()
-            .find(|view| view.name() == name)
+        [View::RowsByLast, View::RowsByFirst, View::Transposed].into_iter().find(|view| view.name() == name)
     }
 }
 

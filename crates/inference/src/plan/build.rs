@@ -84,14 +84,20 @@ pub(super) fn failure(step: &str, error: &TractError) -> ModelError {
 }
 
 /// The error for a graph that tract cannot read: nearly always an attribute that it lacks.
-fn unreadable(error: &TractError) -> ModelError {
-    let mut made = failure("reading the graph", error);
-    let text = format!("{error:#}").to_ascii_lowercase();
-    if ["unsupported", "not supported", "unimplemented", "unknown", "unexpected"].iter().any(|word| text.contains(word)) {
-        made.kind = ErrorKind::UnsupportedOperator;
-        made.message = "the model uses an operator in a way that is not supported".into();
+fn unreadable(model: &ModelProto, error: &TractError) -> ModelError {
+    let made = failure("reading the graph", error);
+    let text = format!("{error:#}");
+    let lower = text.to_ascii_lowercase();
+    let lacks = ["unsupported", "not supported", "unimplemented", "unknown", "unexpected", "expected attribute"];
+    if !lacks.iter().any(|word| lower.contains(word)) {
+        return made;
     }
-    made
+    // "Building node NAME (OPERATOR)", the innermost last.
+    let operator = text.rsplit("Building node ").next().and_then(|rest| rest.split_once(')')?.0.rsplit_once('('));
+    match operator {
+        Some((_, operator)) => super::refusals::unsupported_use(model, operator, &text),
+        None => made,
+    }
 }
 
 fn constant_limit(options: &CompileOptions) -> u64 {
@@ -217,7 +223,7 @@ fn parse(
     mut constants: HashMap<String, Arc<Tensor>>,
     signature: &Signature,
 ) -> Result<InferenceModel, ModelError> {
-    let parsed = framework().parse(model, None).map_err(|error| unreadable(&error))?;
+    let parsed = framework().parse(model, None).map_err(|error| unreadable(model, &error))?;
     if let Some(name) = parsed.unresolved_inputs.first() {
         return Err(ModelError::invalid_model(format!("the graph uses \"{name}\", which nothing defines")));
     }

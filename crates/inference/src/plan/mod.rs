@@ -14,6 +14,7 @@
 mod analyse;
 mod branch;
 mod build;
+mod classical;
 mod legacy;
 mod names;
 mod ops;
@@ -24,6 +25,7 @@ mod repair;
 mod rewrite;
 mod run;
 mod runnable;
+mod trees;
 
 #[cfg(test)]
 mod tests;
@@ -111,7 +113,14 @@ impl Plan {
         options: &CompileOptions,
         poll: &mut dyn FnMut() -> bool,
     ) -> Result<Plan, ModelError> {
-        let prepared = prepare::prepare(graph, tensors, options)?;
+        Plan::compile_prepared(prepare::prepare(graph, tensors, options)?, options, poll)
+    }
+
+    fn compile_prepared(
+        prepared: prepare::Prepared,
+        options: &CompileOptions,
+        poll: &mut dyn FnMut() -> bool,
+    ) -> Result<Plan, ModelError> {
         let options = options.clone();
         worker::run_interruptible(
             move |cancel| {

@@ -17,7 +17,9 @@ pub(super) fn register(framework: &mut tract_onnx::Onnx) {
     framework.op_register.insert("BitShift", bit_shift);
     framework.op_register.insert("If", super::branch::branch);
     framework.op_register.insert("Scaler", scaler);
+    framework.op_register.insert("ArrayFeatureExtractor", |_, _| Ok((expand(Extract), vec![])));
     super::quantize::register(framework);
+    super::classical::register(framework);
 }
 
 type Built = TractResult<(Box<dyn InferenceOp>, Vec<String>)>;
@@ -184,5 +186,55 @@ impl Expansion for Scaler {
         let wide = model.wire_node(format!("{prefix}.cast"), cast(f32::datum_type()), inputs)?[0];
         let centred = model.wire_node(format!("{prefix}.centre"), math::sub(), &[wide, offset])?[0];
         model.wire_node(prefix, math::mul(), &[centred, scale])
+    }
+}
+
+/// ai.onnx.ml ArrayFeatureExtractor: the given columns. A single row gives a row; tract's loses that axis.
+#[derive(Clone, Debug, Hash, PartialEq, Eq)]
+struct Extract;
+
+impl Expansion for Extract {
+    fn name(&self) -> StaticName {
+        "ArrayFeatureExtractor".into()
+    }
+
+    fn rules<'r, 'p: 'r, 's: 'r>(
+        &'s self,
+        solver: &mut Solver<'r>,
+        inputs: &'p [TensorProxy],
+        outputs: &'p [TensorProxy],
+    ) -> InferenceResult {
+        check_input_arity(inputs, 2)?;
+        check_output_arity(outputs, 1)?;
+        solver.equals(&inputs[1].datum_type, i64::datum_type())?;
+        solver.equals(&inputs[0].datum_type, &outputs[0].datum_type)?;
+        solver.given_2(&inputs[0].shape, &inputs[1].shape, move |solver, values, columns| {
+            let count: TDim = columns.iter().product();
+            let mut shape: TVec<TDim> = values;
+            if shape.len() == 1 {
+                shape.insert(0, 1.to_dim());
+            }
+            let last = shape.len() - 1;
+            shape[last] = count;
+            solver.equals(&outputs[0].shape, shape)
+        })
+    }
+
+    fn wire(&self, prefix: &str, model: &mut TypedModel, inputs: &[OutletId]) -> TractResult<TVec<OutletId>> {
+        let (mut values, mut columns) = (inputs[0], inputs[1]);
+        while model.outlet_fact(columns)?.rank() > 1 {
+            let shape = model.outlet_fact(columns)?.shape.to_tvec();
+            let flat = AxisOp::Reshape(0, shape[..2].into(), tvec![shape[0].clone() * &shape[1]]);
+            columns = model.wire_node(format!("{prefix}.columns-{}", shape.len()), flat, &[columns])?[0];
+        }
+        if model.outlet_fact(columns)?.rank() == 0 {
+            columns = model.wire_node(format!("{prefix}.column"), AxisOp::Add(0), &[columns])?[0];
+        }
+        ensure!(model.outlet_fact(values)?.rank() > 0, "ArrayFeatureExtractor of a scalar");
+        if model.outlet_fact(values)?.rank() == 1 {
+            values = model.wire_node(format!("{prefix}.row"), AxisOp::Add(0), &[values])?[0];
+        }
+        let axis = model.outlet_fact(values)?.rank() - 1;
+        model.wire_node(prefix, tract_onnx::tract_core::ops::array::Gather::new(axis), &[values, columns])
     }
 }

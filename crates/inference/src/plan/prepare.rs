@@ -56,7 +56,15 @@ pub(super) fn prepare(
     fetch: &mut FetchTensor<'_>,
     options: &CompileOptions,
 ) -> Result<Prepared, ModelError> {
-    let mut model = decode(graph)?;
+    prepare_model(decode(graph)?, fetch, options)
+}
+
+/// The same for a model that is decoded already.
+pub(super) fn prepare_model(
+    mut model: ModelProto,
+    fetch: &mut FetchTensor<'_>,
+    options: &CompileOptions,
+) -> Result<Prepared, ModelError> {
     let signature = Signature::of_model(&model)?;
     for (what, port) in signature
         .inputs

@@ -30,16 +30,15 @@ const ML_OPERATORS: &[&str] = &[
     "Normalizer",
     "Scaler",
     "TreeEnsembleClassifier",
+    "TreeEnsembleRegressor",
 ];
 
-/// Operators of `com.microsoft` that can be run.
+/// Operators of `com.microsoft` that can be run. Not those on blocks of 4 bits: tract keeps their scales in float16.
 const MICROSOFT_OPERATORS: &[&str] = &[
     "BiasGelu",
     "FastGelu",
     "Gelu",
     "QuickGelu",
-    "MatMulNBits",
-    "GatherBlockQuantized",
     "RotaryEmbedding",
     "SimplifiedLayerNormalization",
     "SkipSimplifiedLayerNormalization",
@@ -153,6 +152,26 @@ fn check_node(node: &NodeProto, opsets: &Opsets<'_>) -> Result<(), ModelError> {
     }
 }
 
+/// The error for an operator that is supported, but not in the way that this model uses it; `text` says more.
+pub(super) fn unsupported_use(model: &ModelProto, operator: &str, text: &str) -> ModelError {
+    fn find<'a>(graph: &'a GraphProto, operator: &str) -> Option<&'a NodeProto> {
+        graph.node.iter().find_map(|node| {
+            let inner = || node.attribute.iter().flat_map(|it| it.g.iter().chain(&it.graphs));
+            if node.op_type == operator { Some(node) } else { inner().find_map(|body| find(body, operator)) }
+        })
+    }
+    let domain = model.graph.as_ref().and_then(|graph| find(graph, operator)).map_or("", |node| node.domain.as_str());
+    let opsets = opsets_by_domain(model);
+    let version = opsets.get(if domain == "ai.onnx" { "" } else { domain });
+    let version = version.map_or(String::new(), |version| format!(", opset {version}"));
+    ModelError::unsupported_operator(format!(
+        "operator {operator} is not supported as the model uses it (domain {}{version})",
+        domain_name(domain)
+    ))
+    .detail(text)
+    .hint("Export the model with other operators or another opset.")
+}
+
 fn domain_name(domain: &str) -> &str {
     if domain.is_empty() { "ai.onnx" } else { domain }
 }
@@ -219,7 +238,16 @@ fn ml_refusal(node: &NodeProto) -> Option<&'static str> {
     let as_tensor = |attribute: &tract_onnx::pb::AttributeProto| attribute.name.ends_with("_as_tensor");
     match node.op_type.as_str() {
         // tract reads the lists of floats only.
-        "TreeEnsembleClassifier" if node.attribute.iter().any(as_tensor) => Some("with values as tensors"),
+        "TreeEnsembleClassifier" | "TreeEnsembleRegressor" if node.attribute.iter().any(as_tensor) => Some("with values as tensors"),
+        // tract divides by the largest absolute value; the largest value is meant.
+        "Normalizer" if text(node, "norm") == Some("MAX") || text(node, "norm").is_none() => Some("with norm MAX"),
+        // ONNX Runtime leaves a single score as it is, the text of ONNX does not.
+        "LinearRegressor"
+            if integer(node, "targets").unwrap_or(1) == 1
+                && !matches!(text(node, "post_transform"), None | Some("NONE" | "")) =>
+        {
+            Some("with a post_transform of one target")
+        }
         _ => None,
     }
 }
