@@ -65,8 +65,10 @@ struct ModelRow {
     last_version: i32,
 }
 
-fn find(client: &SpiClient<'_>, name: &str) -> Result<Option<ModelRow>, SpiError> {
-    let rows = client.select(
+/// The model, if it exists. By a statement that may write, whose snapshot is taken now: the function's own may be older
+/// than the wait for the name's lock.
+fn find(client: &mut SpiClient<'_>, name: &str) -> Result<Option<ModelRow>, SpiError> {
+    let rows = client.update(
         "SELECT id, domain::oid, active_version, last_version, domain::text FROM tessera.model WHERE name = $1",
         Some(1),
         &[name.into()],
@@ -85,7 +87,7 @@ fn find(client: &SpiClient<'_>, name: &str) -> Result<Option<ModelRow>, SpiError
 }
 
 /// The model, which must exist and belong to `caller`.
-fn find_owned(client: &SpiClient<'_>, name: &str, caller: pg_sys::Oid) -> Result<ModelRow, SpiError> {
+fn find_owned(client: &mut SpiClient<'_>, name: &str, caller: pg_sys::Oid) -> Result<ModelRow, SpiError> {
     let Some(model) = find(client, name)? else { no_such_model(name) };
     // SAFETY: syscache look-ups in a transaction.
     let owns = unsafe {
@@ -276,8 +278,8 @@ pub fn activate(name: &str, version: i32) {
     })
 }
 
-fn need_version(client: &SpiClient<'_>, name: &str, model: &ModelRow, version: i32) -> Result<i64, SpiError> {
-    let rows = client.select(
+fn need_version(client: &mut SpiClient<'_>, name: &str, model: &ModelRow, version: i32) -> Result<i64, SpiError> {
+    let rows = client.update(
         "SELECT id FROM tessera.model_version WHERE model = $1 AND version = $2",
         Some(1),
         &[model.id.into(), version.into()],
@@ -323,7 +325,7 @@ pub fn drop_model(spec: &ModelSpec<'_>) {
     as_owner(|client, caller| {
         let model = find_owned(client, name, caller)?;
         let versions: i64 = client
-            .select("SELECT count(*) FROM tessera.model_version WHERE model = $1", None, &[model.id.into()])?
+            .update("SELECT count(*) FROM tessera.model_version WHERE model = $1", None, &[model.id.into()])?
             .first()
             .get_one()?
             .unwrap_or_default();
@@ -369,8 +371,8 @@ pub fn drop_orphans() {
     })
 }
 
-fn column(client: &SpiClient<'_>, query: &str, args: &[DatumWithOid<'_>]) -> Result<Vec<i64>, SpiError> {
-    client.select(query, None, args)?.map(|row| row.get::<i64>(1).map(Option::unwrap_or_default)).collect()
+fn column(client: &mut SpiClient<'_>, query: &str, args: &[DatumWithOid<'_>]) -> Result<Vec<i64>, SpiError> {
+    client.update(query, None, args)?.map(|row| row.get::<i64>(1).map(Option::unwrap_or_default)).collect()
 }
 
 fn delete_versions(client: &mut SpiClient<'_>, versions: &[i64]) -> Result<(), SpiError> {

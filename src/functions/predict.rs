@@ -13,12 +13,13 @@ use inference::array::{Element, from_rows, to_rows_f32};
 use inference::error::ModelError;
 use inference::json;
 use inference::plan::{CompileOptions, FetchTensor, Plan};
-use inference::signature::Port;
+use inference::signature::{Dim, Port};
 use inference::tensor::HostTensor;
 use lru::LruCache;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::cell::RefCell;
+use std::ffi::CStr;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -157,10 +158,16 @@ fn only_input<'p>(plan: &'p Plan, spec: &str) -> &'p Port {
 fn predict_rows<T: Element>(spec: &str, dims: &[usize], values: &[T]) -> pg_sys::Datum {
     let plan = plan_of(spec);
     let port = only_input(&plan, spec);
-    let (rows, width) = match dims {
+    let (rows, width) = match *dims {
         [] => (1, 0),
-        [width] => (1, *width),
-        [rows, rest @ ..] => (*rows, rest.iter().product()),
+        [width] => (1, width),
+        [rows, width] => (rows, width),
+        _ => error::raise(
+            PgSqlErrorCode::ERRCODE_ARRAY_ELEMENT_ERROR,
+            format!("input of predict has {} dimensions", dims.len()),
+            "One dimension is a row, two are several rows.",
+            "Flatten each row, or give the input as jsonb in the tensor's own shape.",
+        ),
     };
     let predict = |rows: usize, values: &[T]| {
         let input = from_rows(port, rows, width, values).unwrap_or_else(|e| error::raise_model(e));
@@ -174,11 +181,12 @@ fn predict_rows<T: Element>(spec: &str, dims: &[usize], values: &[T]) -> pg_sys:
         let (_, out) = predict(1, values);
         return array::from_f32(&[out.len()], &out);
     }
-    if plan.batch_is_free() {
+    let whole_batch = matches!(port.shape.first(), Some(Dim::Fixed(n)) if *n == rows as u64);
+    if plan.batch_is_free() || whole_batch {
         let (out_width, out) = predict(rows, values);
         return array::from_f32(&[rows, out_width], &out);
     }
-    // A model whose batch is fixed takes one row at a time.
+    // Any other model takes one row at a time.
     let (mut out, mut out_width) = (Vec::new(), 0);
     for row in values.chunks_exact(width.max(1)) {
         let (w, mut values) = predict(1, row);
@@ -235,11 +243,25 @@ fn predict_text(call: &Call) -> pg_sys::Datum {
     array::with_elements::<f64, _>(array::parse_f64(text), |dims, values| predict_rows(spec, dims, values))
 }
 
+/// A jsonb argument. Its numbers can be larger than any float, which is the caller's error and not one of the server.
+fn json_argument(call: &Call, n: usize) -> serde_json::Value {
+    // SAFETY: the SQL declaration says that the argument is a jsonb.
+    let text: Option<&CStr> = unsafe { pgrx::direct_function_call(pg_sys::jsonb_out, &[call.datum(n)]) };
+    serde_json::from_slice(text.unwrap_or_default().to_bytes()).unwrap_or_else(|e| {
+        error::raise(
+            PgSqlErrorCode::ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE,
+            "inputs of predict cannot be read",
+            &format!("{e}."),
+            "Give numbers that a double precision value can hold, nested at most 128 deep.",
+        )
+    })
+}
+
 fn predict_jsonb(call: &Call) -> pg_sys::Datum {
     let spec: &str = call.need(0, "model");
     let plan = plan_of(spec);
-    let inputs: pgrx::JsonB = call.need(1, "inputs");
-    let inputs = json::inputs_from_json(plan.signature(), &inputs.0).unwrap_or_else(|e| error::raise_model(e));
+    let inputs = json_argument(call, 1);
+    let inputs = json::inputs_from_json(plan.signature(), &inputs).unwrap_or_else(|e| error::raise_model(e));
     let outputs = run(&plan, inputs);
     let value = json::outputs_to_json(&outputs).unwrap_or_else(|e| error::raise_model(e));
     pgrx::JsonB(value).into_datum().unwrap_or_else(|| varlena_datum(&[]))

@@ -172,7 +172,7 @@ fn trees_that_are_none_are_refused() {
     let broken = |name: &str, ints: &[i64]| {
         let mut tree = classifier();
         tree.attribute.retain(|attribute| attribute.name != name);
-        compile(classifier_graph(tree.ints(name, ints))).map(|_| ()).unwrap_err().kind
+        compile(classifier_graph(tree.ints(name, ints))).map(|_| ()).expect_err(name).kind
     };
     // A cycle, a child that is not there, two parents, a vote for nobody, a negative feature, lists of two lengths.
     for (name, ints) in [
@@ -187,4 +187,18 @@ fn trees_that_are_none_are_refused() {
         let kind = broken(name, ints);
         assert!(matches!(kind, InvalidModel | UnsupportedOperator), "{name} {ints:?} {kind:?}");
     }
+}
+
+#[test]
+fn large_integers_stay_whole() {
+    let values = [1i64 << 40, i64::MAX, i64::MIN, -1, u32::MAX as i64 + 1];
+    let graph = graph(
+        vec![info("x", INT64, &[N("n")])],
+        vec![info("y", INT64, &[N("n")]), info("c", INT64, &[S(5)])],
+        vec![node("Identity", &["x"], &["y"]), node("Identity", &["k"], &["c"])],
+        vec![ints("k", &[5], &values)],
+    );
+    let outputs = run(&compile(graph).unwrap(), &[("x", i64s(&[5], &values))]).unwrap();
+    assert_eq!(outputs[0].1, i64s(&[5], &values));
+    assert_eq!(outputs[1].1, i64s(&[5], &values));
 }
