@@ -329,22 +329,19 @@ pub fn drop_model(spec: &ModelSpec<'_>) {
             .first()
             .get_one()?
             .unwrap_or_default();
-        match spec.version {
-            Some(version) => {
-                let id = need_version(client, name, &model, version)?;
-                if versions > 1 {
-                    if model.active == Some(version) {
-                        error::raise(
-                            PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
-                            format!("cannot drop version {version} of model \"{name}\" because it is the active one"),
-                            "",
-                            "Activate another version first, or drop the whole model.",
-                        );
-                    }
-                    return delete_versions(client, &[id]);
+        if let Some(version) = spec.version {
+            let id = need_version(client, name, &model, version)?;
+            if versions > 1 {
+                if model.active == Some(version) {
+                    error::raise(
+                        PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
+                        format!("cannot drop version {version} of model \"{name}\" because it is the active one"),
+                        "",
+                        "Activate another version first, or drop the whole model.",
+                    );
                 }
+                return delete_versions(client, &[id]);
             }
-            None => {}
         }
         // The rows go when the event trigger sees that the domain is gone: so it is also with DROP DOMAIN and DROP OWNED.
         client.update(&format!("DROP DOMAIN {}", model.domain_name), None, &[])?;

@@ -97,8 +97,7 @@ impl StandIn {
 pub unsafe fn toast_pointer(datum: *const pg_sys::varlena) -> Option<(StandIn, pg_sys::Oid)> {
     // SAFETY: by the contract; an on-disk pointer has eighteen bytes, read unaligned.
     unsafe {
-        if !pgrx::varatt_is_1b_e(datum)
-            || u32::from(pgrx::vartag_1b_e(datum)) != pg_sys::vartag_external::VARTAG_ONDISK as u32
+        if !pgrx::varatt_is_1b_e(datum) || u32::from(pgrx::vartag_1b_e(datum)) != pg_sys::vartag_external::VARTAG_ONDISK
         {
             return None;
         }

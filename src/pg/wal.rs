@@ -21,7 +21,7 @@ impl GenericRecord {
     }
 
     /// Registers a page and returns the copy to change. `fresh`: the page is new, log it whole.
-    pub fn page<'r>(&'r self, page: &'r Exclusive<'_>, fresh: bool) -> &'r mut [u8] {
+    pub fn page<'p>(&self, page: &'p mut Exclusive<'_>, fresh: bool) -> &'p mut [u8] {
         let flags = if fresh { pg_sys::GENERIC_XLOG_FULL_IMAGE as i32 } else { 0 };
         // SAFETY: the buffer is exclusively locked for as long as the returned borrow lives. Each registered page has
         // its own copy inside the state, so two borrows never alias (PostgreSQL returns the same copy only for the same

@@ -33,7 +33,7 @@ pub fn ensure_meta(rel: pg_sys::Relation) -> Meta {
     }
     relation::extend_to(rel, META_PAGE + 1);
     let pin = Pinned::read(rel, META_PAGE);
-    let page = pin.exclusive();
+    let mut page = pin.exclusive();
     if !is_new(page.bytes()) {
         return meta_of(rel, page.bytes()); // somebody else was faster
     }
@@ -44,7 +44,7 @@ pub fn ensure_meta(rel: pg_sys::Relation) -> Meta {
     }
     let meta = Meta::new(key);
     let record = GenericRecord::start(rel);
-    let copy = record.page(&page, true);
+    let copy = record.page(&mut page, true);
     init_page(copy);
     meta.write(copy);
     record.finish();
@@ -76,10 +76,10 @@ pub fn write(rel: pg_sys::Relation, block_id: u32, locator: &Locator) {
         )
     };
     let pin = Pinned::read(rel, leaf);
-    let page = pin.exclusive();
+    let mut page = pin.exclusive();
     check(rel, leaf, check_map_header(page.bytes(), LOCATOR_MAGIC, LEAF));
     let record = GenericRecord::start(rel);
-    locator.write(record.page(&page, false), path.slot);
+    locator.write(record.page(&mut page, false), path.slot);
     record.finish();
 }
 
@@ -112,7 +112,7 @@ pub fn reserve(rel: pg_sys::Relation, len: u32) -> Reservation {
     let mut have = relation::pages(rel);
     loop {
         let pin = Pinned::read(rel, META_PAGE);
-        let page = pin.exclusive();
+        let mut page = pin.exclusive();
         let meta = meta_of(rel, page.bytes());
         let path = Path::of(meta.next_block_id);
         // Ids come in order, so a locator page is missing only for the first id that it would hold.
@@ -128,14 +128,14 @@ pub fn reserve(rel: pg_sys::Relation, len: u32) -> Reservation {
             have = relation::pages(rel);
             continue;
         }
-        return apply(rel, &page, reservation, &path, new_maps);
+        return apply(rel, &mut page, reservation, &path, new_maps);
     }
 }
 
 /// Writes the metapage of a reservation, and makes the map and locator pages that it needs, in one record.
 fn apply(
     rel: pg_sys::Relation,
-    meta_page: &Exclusive<'_>,
+    meta_page: &mut Exclusive<'_>,
     mut reservation: Reservation,
     path: &Path,
     new_maps: u32,
@@ -146,7 +146,7 @@ fn apply(
     // From the top down: what is new is the lower end of the path.
     let numbers: Vec<u32> = (first_new..first_new + new_maps).collect();
     let pins: Vec<Pinned> = numbers.iter().map(|&number| Pinned::read(rel, number)).collect();
-    let pages: Vec<Exclusive<'_>> = pins.iter().map(Pinned::exclusive).collect();
+    let mut pages: Vec<Exclusive<'_>> = pins.iter().map(Pinned::exclusive).collect();
 
     // The lowest page of the path that exists already takes the entry for the first new one.
     let parent_pin = match new_maps {
@@ -154,17 +154,17 @@ fn apply(
         2 => Some(Pinned::read(rel, meta.roots[path.root as usize])),
         _ => None,
     };
-    let parent = parent_pin.as_ref().map(Pinned::exclusive);
+    let mut parent = parent_pin.as_ref().map(Pinned::exclusive);
     if new_maps == 3 {
         meta.roots[path.root as usize] = numbers[0];
     }
 
     let record = GenericRecord::start(rel);
-    if let Some(parent) = &parent {
+    if let Some(parent) = &mut parent {
         let entry = if new_maps == 1 { path.lower } else { path.upper };
         set_map_entry(record.page(parent, false), entry, numbers[0]);
     }
-    for (i, page) in pages.iter().enumerate() {
+    for (i, page) in pages.iter_mut().enumerate() {
         let level = (new_maps as usize - 1 - i) as u16;
         let copy = record.page(page, true);
         init_page(copy);

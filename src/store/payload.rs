@@ -41,7 +41,7 @@ pub fn write(rel: pg_sys::Relation, page: u32, offset: u32, bytes: &[u8]) {
             write_new_page(rel, &mut locked, |p| p[from..to].copy_from_slice(&bytes[range]));
         } else {
             let record = GenericRecord::start(rel);
-            record.page(&locked, false)[from..to].copy_from_slice(&bytes[range]);
+            record.page(&mut locked, false)[from..to].copy_from_slice(&bytes[range]);
             record.finish();
         }
     }

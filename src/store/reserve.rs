@@ -128,7 +128,7 @@ mod tests {
             };
             let r = plan(&meta, len, 0).unwrap();
             let start = u64::from(r.page) * PAGE_BYTES as u64 + u64::from(r.offset);
-            assert!(start >= end && start % 8 == 0 && r.block_id == id, "{id}");
+            assert!(start >= end && start.is_multiple_of(8) && r.block_id == id, "{id}");
             end = start + u64::from(len);
             assert!(u64::from(r.pages_needed) * PAGE_BYTES as u64 >= end);
             if len as u64 <= EXTENT_BYTES {

@@ -56,7 +56,7 @@ impl Toaster {
                 }
                 let att = attribute(desc, i);
                 if (*att).atttypid == self.block_type && leaves_last(att).is_some() {
-                    values[i] = self.to_store(values[i], att);
+                    values[i] = self.move_out(values[i], att);
                 }
             }
 
@@ -71,7 +71,7 @@ impl Toaster {
                     if size <= INLINE_BYTES || self.store().is_none() {
                         break;
                     }
-                    values[i] = self.to_store(values[i], attribute(desc, i));
+                    values[i] = self.move_out(values[i], attribute(desc, i));
                 }
             }
 
@@ -98,7 +98,7 @@ impl Toaster {
     }
 
     /// Moves a value to the store and returns its stand-in. Values up to 24 bytes, and tables without a store, keep it.
-    unsafe fn to_store(&mut self, value: pg_sys::Datum, att: *const pg_sys::FormData_pg_attribute) -> pg_sys::Datum {
+    unsafe fn move_out(&mut self, value: pg_sys::Datum, att: *const pg_sys::FormData_pg_attribute) -> pg_sys::Datum {
         // SAFETY: `value` points at a varlena that is no TOAST pointer (`take_in` saw to that), and `att` describes it.
         unsafe {
             let datum = value.cast_mut_ptr::<pg_sys::varlena>();

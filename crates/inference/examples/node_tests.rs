@@ -195,8 +195,8 @@ macro_rules! each_type {
 }
 
 fn to_tract(tensor: &HostTensor) -> TractResult<Tensor> {
-    use tract_onnx::tract_core::internal::{bail, f16};
     use tract_onnx::prelude::tract_ndarray::ArrayD;
+    use tract_onnx::tract_core::internal::{bail, f16};
     let shape = tensor.shape.clone();
     let raw = match &tensor.data {
         TensorData::Strings(strings) => return Ok(ArrayD::from_shape_vec(shape, strings.clone())?.into_tensor()),
@@ -223,7 +223,8 @@ fn to_tract(tensor: &HostTensor) -> TractResult<Tensor> {
 
 fn from_tract(value: &Tensor) -> TractResult<HostTensor> {
     use tract_onnx::tract_core::internal::bail;
-    let value = if value.datum_type() == DatumType::TDim { value.cast_to::<i64>()?.into_owned() } else { value.clone() };
+    let value =
+        if value.datum_type() == DatumType::TDim { value.cast_to::<i64>()?.into_owned() } else { value.clone() };
     let view = value.try_as_plain_ram()?;
     let shape = value.shape().to_vec();
     macro_rules! visit {

@@ -54,7 +54,11 @@ elements! {
 pub fn shape_for(port: &Port, rows: usize, width: usize) -> Result<Vec<usize>, ModelError> {
     let misfit = |what: String| {
         ModelError::invalid_input(what)
-            .detail(format!("Input \"{}\" is {}; {rows} rows of {width} values were given.", port.name, port.type_text()))
+            .detail(format!(
+                "Input \"{}\" is {}; {rows} rows of {width} values were given.",
+                port.name,
+                port.type_text()
+            ))
             .hint("Give one row with as many values as the input has, or several rows as a two-dimensional array.")
     };
     let total = rows
@@ -80,14 +84,16 @@ pub fn shape_for(port: &Port, rows: usize, width: usize) -> Result<Vec<usize>, M
         Some(free.iter().map(|size| size.unwrap_or(found)).collect())
     };
     let wrong_length = || {
-        let per_row: Option<usize> = sizes.get(1..).unwrap_or(&[]).iter().copied().try_fold(1usize, |product, size| {
-            size.and_then(|size| product.checked_mul(size))
-        });
+        let per_row: Option<usize> = sizes
+            .get(1..)
+            .unwrap_or(&[])
+            .iter()
+            .copied()
+            .try_fold(1usize, |product, size| size.and_then(|size| product.checked_mul(size)));
         match per_row {
-            Some(wanted) if wanted != width => misfit(format!(
-                "input \"{}\" takes {wanted} values per row, not {width}",
-                port.name
-            )),
+            Some(wanted) if wanted != width => {
+                misfit(format!("input \"{}\" takes {wanted} values per row, not {width}", port.name))
+            }
             None if sizes.iter().skip(1).filter(|size| size.is_none()).count() > 1 => {
                 misfit(format!("the shape of input \"{}\" does not follow from the number of values", port.name))
                     .hint("Give the input as JSON: nested arrays say the shape.")

@@ -63,12 +63,7 @@ pub struct ModelError {
 impl ModelError {
     /// An error without detail and hint.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> ModelError {
-        ModelError {
-            kind,
-            message: message.into(),
-            detail: None,
-            hint: None,
-        }
+        ModelError { kind, message: message.into(), detail: None, hint: None }
     }
 
     /// The same error with this detail.
@@ -147,23 +142,13 @@ mod tests {
 
     #[test]
     fn carries_what_ereport_wants() {
-        let error = ModelError::truncated("the file is cut off")
-            .detail("It has 3 bytes.")
-            .hint("Copy it again.");
+        let error = ModelError::truncated("the file is cut off").detail("It has 3 bytes.").hint("Copy it again.");
         assert_eq!(error.kind, ErrorKind::Truncated);
         assert_eq!(error.to_string(), "the file is cut off (It has 3 bytes.)");
         assert_eq!(error.hint.as_deref(), Some("Copy it again."));
         assert_eq!(ModelError::cancelled("stopped").detail, None);
-        let large = TilingError::TooManyTiles {
-            rows: 1,
-            cols: 1,
-            tile_rows: 1,
-            tile_cols: 1,
-        };
+        let large = TilingError::TooManyTiles { rows: 1, cols: 1, tile_rows: 1, tile_cols: 1 };
         assert_eq!(ModelError::from(large).kind, ErrorKind::TooLarge);
-        assert_eq!(
-            ModelError::from(TilingError::NoMatrix(3)).kind,
-            ErrorKind::Internal
-        );
+        assert_eq!(ModelError::from(TilingError::NoMatrix(3)).kind, ErrorKind::Internal);
     }
 }

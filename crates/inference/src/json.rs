@@ -14,6 +14,7 @@ use crate::array::{not_a_number, out_of_range};
 use crate::error::ModelError;
 use crate::signature::{Dim, Port, PortType, Signature};
 use crate::tensor::{HostTensor, TensorData, element_count};
+use ndarray::ArrayViewD;
 use serde_json::{Map, Number, Value};
 use tensor_blocks::DType;
 use tract_onnx::tract_core::internal::f16;
@@ -107,8 +108,11 @@ fn nesting(mut value: &Value) -> usize {
 }
 
 fn misfit(port: &Port, message: String) -> ModelError {
-    ModelError::invalid_input(message)
-        .hint(format!("Input \"{}\" is {}: give it as nested arrays in that shape.", port.name, port.type_text()))
+    ModelError::invalid_input(message).hint(format!(
+        "Input \"{}\" is {}: give it as nested arrays in that shape.",
+        port.name,
+        port.type_text()
+    ))
 }
 
 /// The shape that the first elements show; every other element is compared with it while reading.
@@ -186,10 +190,7 @@ impl Reader<'_> {
             Value::Array(_) => "an array",
             Value::Object(_) => "an object",
         };
-        misfit(
-            self.port,
-            format!("input \"{}\" has {found} at {}, where {wanted} belongs", self.port.name, self.at()),
-        )
+        misfit(self.port, format!("input \"{}\" has {found} at {}, where {wanted} belongs", self.port.name, self.at()))
     }
 
     fn at(&self) -> String {
@@ -215,9 +216,8 @@ fn special(text: &str) -> Option<f64> {
 fn push(reader: &Reader<'_>, dtype: DType, value: &Value, raw: &mut Vec<u8>) -> Result<(), ModelError> {
     let float = || match value {
         Value::Number(number) => number.as_f64().ok_or_else(|| reader.wrong(value, "a number")),
-        Value::String(text) => special(text).ok_or_else(|| {
-            reader.wrong(value, "a number, or one of \"NaN\", \"Infinity\", \"-Infinity\",")
-        }),
+        Value::String(text) => special(text)
+            .ok_or_else(|| reader.wrong(value, "a number, or one of \"NaN\", \"Infinity\", \"-Infinity\",")),
         other => Err(reader.wrong(other, "a number")),
     };
     let fits = |value: f64, narrow_is_infinite: bool| {
@@ -287,14 +287,15 @@ pub fn tensor_to_json(tensor: &HostTensor) -> Result<Value, ModelError> {
         (TensorData::Raw(raw), PortType::Fixed(dtype)) => numbers(dtype, raw)?,
         _ => return Err(ModelError::internal("a tensor of strings holds numbers")),
     };
-    let mut leaves = leaves.into_iter();
-    Ok(nest(&tensor.shape, &mut leaves))
+    let nested = ArrayViewD::from_shape(tensor.shape.as_slice(), &leaves)
+        .map_err(|e| ModelError::internal("a tensor's elements do not fill its shape").detail(e.to_string()))?;
+    Ok(nest(nested))
 }
 
-fn nest(shape: &[usize], leaves: &mut std::vec::IntoIter<Value>) -> Value {
-    match shape.split_first() {
-        None => leaves.next().unwrap_or(Value::Null),
-        Some((&size, rest)) => Value::Array((0..size).map(|_| nest(rest, leaves)).collect()),
+fn nest(values: ArrayViewD<'_, Value>) -> Value {
+    match values.ndim() {
+        0 => values.first().cloned().unwrap_or(Value::Null),
+        _ => Value::Array(values.outer_iter().map(nest).collect()),
     }
 }
 
@@ -306,9 +307,7 @@ fn numbers(dtype: DType, raw: &[u8]) -> Result<Vec<Value>, ModelError> {
     }
     Ok(match dtype {
         DType::Bool => raw.iter().map(|&byte| Value::Bool(byte != 0)).collect(),
-        DType::Float32 => {
-            raw.as_chunks::<4>().0.iter().map(|bytes| shortest(f32::from_le_bytes(*bytes))).collect()
-        }
+        DType::Float32 => raw.as_chunks::<4>().0.iter().map(|bytes| shortest(f32::from_le_bytes(*bytes))).collect(),
         DType::Float16 => {
             raw.as_chunks::<2>().0.iter().map(|bytes| shortest(f16::from_le_bytes(*bytes).to_f32())).collect()
         }
@@ -337,11 +336,8 @@ fn number(value: f64) -> Value {
 /// The float64 that is written with the digits that suffice for this float32: 0.1 and not 0.10000000149011612.
 fn shortest(value: f32) -> Value {
     let wide = f64::from(value);
-    let written = if value.is_finite() && value.fract() != 0.0 {
-        format!("{value:e}").parse().unwrap_or(wide)
-    } else {
-        wide
-    };
+    let written =
+        if value.is_finite() && value.fract() != 0.0 { format!("{value:e}").parse().unwrap_or(wide) } else { wide };
     number(written)
 }
 

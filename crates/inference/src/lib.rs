@@ -1,7 +1,7 @@
-pub mod error;
-pub mod onnx;
 pub mod array;
+pub mod error;
 pub mod json;
+pub mod onnx;
 pub mod plan;
 pub mod signature;
 pub mod tensor;

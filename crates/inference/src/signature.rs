@@ -173,10 +173,7 @@ impl Signature {
 
     /// The same for a model that is already decoded.
     pub(crate) fn of_model(model: &ModelProto) -> Result<Signature, ModelError> {
-        let graph = model
-            .graph
-            .as_ref()
-            .ok_or_else(|| ModelError::invalid_model("the model contains no graph"))?;
+        let graph = model.graph.as_ref().ok_or_else(|| ModelError::invalid_model("the model contains no graph"))?;
         let initialized: HashSet<&str> = graph.initializer.iter().map(|tensor| tensor.name.as_str()).collect();
         let mut inputs = Vec::new();
         for info in graph.input.iter().filter(|info| !initialized.contains(info.name.as_str())) {
@@ -230,8 +227,9 @@ const SYMBOL_LENGTH: usize = 200;
 
 fn port(info: &ValueInfoProto, what: &str) -> Result<Port, ModelError> {
     let refuse = |type_name: &str| {
-        ModelError::unsupported_type(format!("{what} \"{}\" has type {type_name}", info.name))
-            .hint("Inputs and outputs must be tensors; for scikit-learn exports set the converter option zipmap to false.")
+        ModelError::unsupported_type(format!("{what} \"{}\" has type {type_name}", info.name)).hint(
+            "Inputs and outputs must be tensors; for scikit-learn exports set the converter option zipmap to false.",
+        )
     };
     let declared = info
         .r#type

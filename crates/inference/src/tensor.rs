@@ -9,8 +9,8 @@ use crate::error::ModelError;
 use crate::signature::PortType;
 use tensor_blocks::DType;
 use tract_onnx::prelude::tract_ndarray::ArrayD;
-use tract_onnx::prelude::{Datum, DatumType, IntoTensor, Tensor};
-use tract_onnx::tract_core::internal::{TDim, f16};
+use tract_onnx::prelude::{Datum, DatumType, IntoTensor, Tensor, TractError};
+use tract_onnx::tract_core::internal::{SymbolValues, TDim, f16};
 
 /// The elements of a tensor.
 #[derive(Clone, Debug, PartialEq)]
@@ -89,7 +89,10 @@ impl HostTensor {
             }
             (TensorData::Strings(strings), PortType::String) => (strings.len() as u64, count as u64),
             _ => {
-                return Err(ModelError::invalid_input(format!("the data of a tensor are not of its type {}", self.dtype)));
+                return Err(ModelError::invalid_input(format!(
+                    "the data of a tensor are not of its type {}",
+                    self.dtype
+                )));
             }
         };
         if held != wanted {
@@ -114,16 +117,21 @@ impl HostTensor {
         }
     }
 
-    /// A tensor that the engine has made.
+    /// A tensor that the engine has made in a run with these sizes of the free dimensions: computed shapes may still
+    /// be written with their names.
     ///
     /// # Errors
     /// `UnsupportedType` for element types that ONNX does not have.
-    pub(crate) fn from_engine(tensor: &Tensor) -> Result<HostTensor, ModelError> {
-        let internal = |error| ModelError::internal(format!("cannot read a tensor of the engine: {error}"));
+    pub(crate) fn from_engine(tensor: &Tensor, sizes: &SymbolValues) -> Result<HostTensor, ModelError> {
+        let internal = |error: TractError| ModelError::internal(format!("cannot read a tensor of the engine: {error}"));
         let shape = tensor.shape().to_vec();
         if tensor.datum_type() == TDim::datum_type() {
-            let sizes = tensor.cast_to::<i64>().map_err(internal)?.into_owned();
-            return HostTensor::from_engine(&sizes);
+            let view = tensor.try_as_plain_ram().map_err(internal)?;
+            let dims = view.as_slice::<TDim>().map_err(internal)?;
+            let values = dims.iter().map(|dim| dim.eval(sizes).to_i64()).collect::<Result<Vec<_>, _>>();
+            let values = values.map_err(|error| internal(error.into()))?;
+            let raw = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            return HostTensor::new(DType::Int64.into(), shape, TensorData::Raw(raw));
         }
         let view = tensor.try_as_plain_ram().map_err(internal)?;
         if tensor.datum_type() == DatumType::String {

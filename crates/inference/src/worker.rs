@@ -30,6 +30,9 @@ pub const STACK_BYTES: usize = 256 << 20;
 
 type Job = Box<dyn FnOnce() + Send>;
 
+/// Where a job leaves its result, and how its caller hears of it.
+type Outcome<T> = (Mutex<Option<Result<T, ModelError>>>, Condvar);
+
 /// Where the callers leave a job. `busy` from the moment a job is left until it has ended.
 #[derive(Default)]
 struct Desk {
@@ -115,7 +118,7 @@ where
 {
     let worker = worker()?;
     let cancel = Arc::new(AtomicBool::new(false));
-    let outcome: Arc<(Mutex<Option<Result<T, ModelError>>>, Condvar)> = Arc::default();
+    let outcome: Arc<Outcome<T>> = Arc::default();
     let (job_cancel, job_outcome) = (cancel.clone(), outcome.clone());
     let boxed: Job = Box::new(move || {
         let result = contain_panic("a job of the compute thread", || job(&job_cancel));
@@ -179,8 +182,8 @@ pub(crate) fn cancelled() -> ModelError {
 pub(crate) fn contain_panic<T>(step: &str, work: impl FnOnce() -> Result<T, ModelError>) -> Result<T, ModelError> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
         let text = panic_text(&*panic);
-        // Dropping a panic's payload can panic again; it is leaked, being small and rare.
-        std::mem::forget(panic);
+        // Dropping a panic's payload may panic again.
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(panic)));
         Err(ModelError::internal(format!("unexpected failure in {step}")).detail(text))
     })
 }

@@ -21,12 +21,7 @@ pub trait ExternalData {
     ///
     /// # Errors
     /// `ExternalDataMissing` when there is nothing to read, `ExternalDataOutside` when reading it is not allowed.
-    fn read(
-        &mut self,
-        location: &str,
-        offset: u64,
-        length: Option<u64>,
-    ) -> Result<Vec<u8>, ModelError>;
+    fn read(&mut self, location: &str, offset: u64, length: Option<u64>) -> Result<Vec<u8>, ModelError>;
 }
 
 /// No external data: for models that come as bytes.
@@ -52,17 +47,11 @@ impl FolderExternalData {
     /// `ExternalDataMissing` when it cannot be resolved.
     pub fn new(folder: impl AsRef<Path>) -> Result<FolderExternalData, ModelError> {
         let folder = folder.as_ref();
-        let folder = if folder.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            folder
-        };
+        let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
         match folder.canonicalize() {
             Ok(folder) => Ok(FolderExternalData { folder }),
-            Err(error) => Err(ModelError::external_data_missing(
-                "the folder of the model cannot be read",
-            )
-            .detail(format!("{}: {error}.", folder.display()))),
+            Err(error) => Err(ModelError::external_data_missing("the folder of the model cannot be read")
+                .detail(format!("{}: {error}.", folder.display()))),
         }
     }
 
@@ -83,10 +72,7 @@ impl FolderExternalData {
         if location.contains('\0') || !relative.components().all(inside) {
             return Err(outside());
         }
-        if !relative
-            .components()
-            .any(|part| matches!(part, Component::Normal(_)))
-        {
+        if !relative.components().any(|part| matches!(part, Component::Normal(_))) {
             return Err(missing("is no file name".into()));
         }
         let failed = |error: std::io::Error| match error.kind() {
@@ -108,39 +94,25 @@ impl FolderExternalData {
 }
 
 impl ExternalData for FolderExternalData {
-    fn read(
-        &mut self,
-        location: &str,
-        offset: u64,
-        length: Option<u64>,
-    ) -> Result<Vec<u8>, ModelError> {
+    fn read(&mut self, location: &str, offset: u64, length: Option<u64>) -> Result<Vec<u8>, ModelError> {
         let (mut file, size) = self.open(location)?;
         let left = size.checked_sub(offset);
-        let length =
-            left.and_then(|left| Some(length.unwrap_or(left)).filter(|&length| length <= left));
+        let length = left.and_then(|left| Some(length.unwrap_or(left)).filter(|&length| length <= left));
         let short = || {
             ModelError::external_data_missing("tensor data of the model is missing")
-                .detail(format!(
-                    "The file {location:?} has {size} bytes; the model reads beyond its end."
-                ))
+                .detail(format!("The file {location:?} has {size} bytes; the model reads beyond its end."))
                 .hint("The file may be cut off, or belong to another model: copy it again.")
         };
-        let length = length
-            .and_then(|length| usize::try_from(length).ok())
-            .ok_or_else(short)?;
+        let length = length.and_then(|length| usize::try_from(length).ok()).ok_or_else(short)?;
         let mut data = Vec::new();
         reserve(&mut data, length)?;
         data.resize(length, 0);
-        let read = file
-            .seek(SeekFrom::Start(offset))
-            .and_then(|_| file.read_exact(&mut data));
+        let read = file.seek(SeekFrom::Start(offset)).and_then(|_| file.read_exact(&mut data));
         match read {
             Ok(()) => Ok(data),
             Err(error) if error.kind() == ErrorKind::UnexpectedEof => Err(short()),
-            Err(error) => Err(ModelError::external_data_missing(
-                "tensor data of the model cannot be read",
-            )
-            .detail(format!("{location:?}: {error}."))),
+            Err(error) => Err(ModelError::external_data_missing("tensor data of the model cannot be read")
+                .detail(format!("{location:?}: {error}."))),
         }
     }
 }
@@ -156,8 +128,7 @@ mod tests {
 
     impl Scratch {
         fn new(name: &str) -> Scratch {
-            let path = std::env::temp_dir()
-                .join(format!("tessera_external_{name}_{}", std::process::id()));
+            let path = std::env::temp_dir().join(format!("tessera_external_{name}_{}", std::process::id()));
             std::fs::create_dir_all(path.join("model/sub")).unwrap();
             std::fs::write(path.join("outside"), b"secret").unwrap();
             std::fs::write(path.join("model/data.bin"), b"0123456789").unwrap();
@@ -183,23 +154,11 @@ mod tests {
         assert_eq!(data.read("sub/deep", 0, Some(4)).unwrap(), b"deep");
         symlink("data.bin", scratch.0.join("model/link")).unwrap();
         assert_eq!(data.read("link", 9, None).unwrap(), b"9");
-        for (offset, length) in [
-            (0, Some(11)),
-            (11, None),
-            (u64::MAX, Some(1)),
-            (1, Some(u64::MAX)),
-        ] {
-            assert_eq!(
-                data.read("data.bin", offset, length).unwrap_err().kind,
-                ExternalDataMissing
-            );
+        for (offset, length) in [(0, Some(11)), (11, None), (u64::MAX, Some(1)), (1, Some(u64::MAX))] {
+            assert_eq!(data.read("data.bin", offset, length).unwrap_err().kind, ExternalDataMissing);
         }
         for location in ["absent", "", ".", "sub", "data.bin/x", "pipe\\..\\x"] {
-            assert_eq!(
-                data.read(location, 0, None).unwrap_err().kind,
-                ExternalDataMissing,
-                "{location}"
-            );
+            assert_eq!(data.read(location, 0, None).unwrap_err().kind, ExternalDataMissing, "{location}");
         }
     }
 
@@ -211,30 +170,14 @@ mod tests {
         symlink(&scratch.0, scratch.0.join("model/folder")).unwrap();
         let absolute = scratch.0.join("outside").display().to_string();
         let inside = scratch.0.join("model/data.bin").display().to_string();
-        for location in [
-            "../outside",
-            "sub/../../outside",
-            "sub/..",
-            "link",
-            "folder/outside",
-            "a\0b",
-            &absolute,
-            &inside,
-        ] {
+        for location in
+            ["../outside", "sub/../../outside", "sub/..", "link", "folder/outside", "a\0b", &absolute, &inside]
+        {
             let error = data.read(location, 0, None).unwrap_err();
             assert_eq!(error.kind, ExternalDataOutside, "{location}");
             assert!(error.hint.is_some());
         }
-        assert_eq!(
-            FolderExternalData::new(scratch.0.join("none"))
-                .err()
-                .unwrap()
-                .kind,
-            ExternalDataMissing
-        );
-        assert_eq!(
-            NoExternalData.read("data.bin", 0, None).unwrap_err().kind,
-            ExternalDataMissing
-        );
+        assert_eq!(FolderExternalData::new(scratch.0.join("none")).err().unwrap().kind, ExternalDataMissing);
+        assert_eq!(NoExternalData.read("data.bin", 0, None).unwrap_err().kind, ExternalDataMissing);
     }
 }

@@ -9,11 +9,7 @@ use tract_onnx::pb::*;
 
 fn kind(model: &[u8]) -> ErrorKind {
     let error = strip_all(model).unwrap_err();
-    assert!(
-        error
-            .message
-            .starts_with(|first: char| first.is_lowercase() || error.message.starts_with("ONNX"))
-    );
+    assert!(error.message.starts_with(|first: char| first.is_lowercase() || error.message.starts_with("ONNX")));
     error.kind
 }
 
@@ -24,74 +20,25 @@ fn strangers_are_told_apart() {
         assert_eq!(error.kind, NotOnnx, "{error}");
         error.hint.unwrap()
     };
-    for bytes in [
-        &b""[..],
-        b"hello world",
-        b"\0",
-        b"\x08",
-        b"\xff\xff\xff\xff",
-        b"{\"a\": 1}",
-        &[0; 100],
-    ] {
+    for bytes in [&b""[..], b"hello world", b"\0", b"\x08", b"\xff\xff\xff\xff", b"{\"a\": 1}", &[0; 100]] {
         assert!(hint(bytes).contains(".onnx"), "{bytes:?}");
     }
-    assert!(
-        hint(b"version https://git-lfs.github.com/spec/v1\noid sha256:1").contains("git lfs pull")
-    );
+    assert!(hint(b"version https://git-lfs.github.com/spec/v1\noid sha256:1").contains("git lfs pull"));
     assert!(hint(b"PK\x03\x04rest of an archive").contains("export"));
     assert!(hint(b"\x18\x00\x00\x00ORTM").contains("ONNX Runtime"));
     // A TensorProto, a GraphProto, and a ModelProto without graph or ir_version are valid protobuf.
     hint(&floats("w", &[2], 0.0).encode_to_vec());
     hint(&graph(vec![node("Add", &[], "y", vec![])], vec![]).encode_to_vec());
-    hint(
-        &ModelProto {
-            graph: None,
-            ..rich_model(0.0)
-        }
-        .encode_to_vec(),
-    );
-    hint(
-        &ModelProto {
-            ir_version: 0,
-            ..rich_model(0.0)
-        }
-        .encode_to_vec(),
-    );
-    hint(
-        &ModelProto {
-            ir_version: -1,
-            ..rich_model(0.0)
-        }
-        .encode_to_vec(),
-    );
+    hint(&ModelProto { graph: None, ..rich_model(0.0) }.encode_to_vec());
+    hint(&ModelProto { ir_version: 0, ..rich_model(0.0) }.encode_to_vec());
+    hint(&ModelProto { ir_version: -1, ..rich_model(0.0) }.encode_to_vec());
 }
 
 #[test]
 fn models_that_lack_something_are_refused() {
-    assert_eq!(
-        kind(
-            &ModelProto {
-                opset_import: vec![],
-                ..rich_model(0.0)
-            }
-            .encode_to_vec()
-        ),
-        InvalidModel
-    );
-    assert_eq!(
-        kind(
-            &ModelProto {
-                ir_version: 2,
-                ..rich_model(0.0)
-            }
-            .encode_to_vec()
-        ),
-        UnsupportedOpset
-    );
-    assert_eq!(
-        kind(&model(graph(vec![], vec![floats("y", &[1], 0.0)])).encode_to_vec()),
-        InvalidModel
-    );
+    assert_eq!(kind(&ModelProto { opset_import: vec![], ..rich_model(0.0) }.encode_to_vec()), InvalidModel);
+    assert_eq!(kind(&ModelProto { ir_version: 2, ..rich_model(0.0) }.encode_to_vec()), UnsupportedOpset);
+    assert_eq!(kind(&model(graph(vec![], vec![floats("y", &[1], 0.0)])).encode_to_vec()), InvalidModel);
     let mut twice = rich_model(0.0).encode_to_vec();
     write_bytes(&mut twice, 7, &graph(vec![], vec![]).encode_to_vec());
     assert_eq!(kind(&twice), InvalidModel);
@@ -106,11 +53,7 @@ fn models_that_lack_something_are_refused() {
 
 #[test]
 fn tensors_that_contradict_themselves_are_refused() {
-    let of = |code, dims: &[i64], bytes| {
-        kind(&model_with(
-            &raw("w", code, dims, vec![1; bytes]).encode_to_vec(),
-        ))
-    };
+    let of = |code, dims: &[i64], bytes| kind(&model_with(&raw("w", code, dims, vec![1; bytes]).encode_to_vec()));
     assert_eq!(of(1, &[2, 3], 23), InvalidModel);
     assert_eq!(of(1, &[2, 3], 25), InvalidModel);
     assert_eq!(of(1, &[2, 3], 0), InvalidModel);
@@ -130,39 +73,17 @@ fn tensors_that_contradict_themselves_are_refused() {
     assert_eq!(of(22, &[3], 1), InvalidModel);
     let boolean = raw("w", 9, &[3], vec![0, 1, 2]);
     assert_eq!(kind(&model_with(&boolean.encode_to_vec())), InvalidModel);
-    let two = TensorProto {
-        float_data: vec![1.0],
-        ..floats("w", &[1], 0.0)
-    };
+    let two = TensorProto { float_data: vec![1.0], ..floats("w", &[1], 0.0) };
     assert_eq!(kind(&model_with(&two.encode_to_vec())), InvalidModel);
-    let two = TensorProto {
-        float_data: vec![1.0],
-        int32_data: vec![1],
-        ..raw("w", 1, &[1], vec![])
-    };
+    let two = TensorProto { float_data: vec![1.0], int32_data: vec![1], ..raw("w", 1, &[1], vec![]) };
     assert_eq!(kind(&model_with(&two.encode_to_vec())), InvalidModel);
-    let segment = TensorProto {
-        segment: Some(Default::default()),
-        ..floats("w", &[1], 0.0)
-    };
+    let segment = TensorProto { segment: Some(Default::default()), ..floats("w", &[1], 0.0) };
     assert_eq!(kind(&model_with(&segment.encode_to_vec())), InvalidModel);
-    let strings = TensorProto {
-        dims: vec![3],
-        string_data: vec![vec![]; 2],
-        ..raw("w", 8, &[], vec![])
-    };
+    let strings = TensorProto { dims: vec![3], string_data: vec![vec![]; 2], ..raw("w", 8, &[], vec![]) };
     assert_eq!(kind(&model_with(&strings.encode_to_vec())), InvalidModel);
     // A tensor in an attribute that stays in the graph is checked as well.
-    let fill = node(
-        "ConstantOfShape",
-        &["s"],
-        "y",
-        vec![tensor_attribute("value", raw("", 1, &[2], vec![0; 4]))],
-    );
-    assert_eq!(
-        kind(&model(graph(vec![fill], vec![])).encode_to_vec()),
-        InvalidModel
-    );
+    let fill = node("ConstantOfShape", &["s"], "y", vec![tensor_attribute("value", raw("", 1, &[2], vec![0; 4]))]);
+    assert_eq!(kind(&model(graph(vec![fill], vec![])).encode_to_vec()), InvalidModel);
 }
 
 #[test]
@@ -177,20 +98,9 @@ fn a_huge_claim_allocates_nothing() {
 
 /// `depth` graphs within the graph of a model.
 fn nested(depth: usize) -> Vec<u8> {
-    let mut inner = graph(
-        vec![node("Identity", &["w"], "y", vec![])],
-        vec![floats("w", &[2], 0.0)],
-    );
+    let mut inner = graph(vec![node("Identity", &["w"], "y", vec![])], vec![floats("w", &[2], 0.0)]);
     for _ in 0..depth {
-        inner = graph(
-            vec![node(
-                "If",
-                &["c"],
-                "y",
-                vec![graph_attribute("then_branch", inner)],
-            )],
-            vec![],
-        );
+        inner = graph(vec![node("If", &["c"], "y", vec![graph_attribute("then_branch", inner)])], vec![]);
     }
     model(inner).encode_to_vec()
 }
@@ -223,13 +133,7 @@ fn depth_is_bounded() {
 #[test]
 fn check_is_called_and_stops_the_work() {
     let big = |code, dims: &[i64]| {
-        let bytes = raw(
-            "w",
-            code,
-            dims,
-            vec![1; dims.iter().product::<i64>() as usize],
-        )
-        .encode_to_vec();
+        let bytes = raw("w", code, dims, vec![1; dims.iter().product::<i64>() as usize]).encode_to_vec();
         model_with(&bytes)
     };
     let small_fields = {
@@ -251,9 +155,7 @@ fn check_is_called_and_stops_the_work() {
         })
         .unwrap();
         assert!(calls >= 9, "{calls}");
-        let stop = strip(&model, &mut Never, &mut || {
-            Err(ModelError::cancelled("stopped"))
-        });
+        let stop = strip(&model, &mut Never, &mut || Err(ModelError::cancelled("stopped")));
         assert_eq!(stop.unwrap_err().kind, Cancelled);
     }
 }
@@ -272,20 +174,13 @@ fn every_truncation_is_an_error_or_a_model() {
             }
             Err(error) => {
                 truncated += usize::from(error.kind == Truncated);
-                assert!(
-                    matches!(error.kind, NotOnnx | Truncated | InvalidModel),
-                    "{len}: {error}"
-                );
+                assert!(matches!(error.kind, NotOnnx | Truncated | InvalidModel), "{len}: {error}");
                 assert!(error.hint.is_some(), "{len}: {error}");
             }
         }
     }
     // All but those that end between two fields of the model, of which there are six.
-    assert!(
-        truncated >= bytes.len() - 8,
-        "{truncated} of {}",
-        bytes.len()
-    );
+    assert!(truncated >= bytes.len() - 8, "{truncated} of {}", bytes.len());
     assert!(accepted <= 3, "{accepted}");
 }
 

@@ -42,13 +42,8 @@ pub fn merge(graph: &[u8], fetch: &mut Fetch<'_>, out: &mut dyn Write) -> Result
                 scratch.clear();
                 fetch(*ordinal, &mut scratch)?;
                 if scratch.len() as u64 != *len {
-                    return Err(ModelError::internal(format!(
-                        "tensor {ordinal} has a wrong length"
-                    ))
-                    .detail(format!(
-                        "It has {} bytes; the graph asks for {len}.",
-                        scratch.len()
-                    )));
+                    return Err(ModelError::internal(format!("tensor {ordinal} has a wrong length"))
+                        .detail(format!("It has {} bytes; the graph asks for {len}.", scratch.len())));
                 }
                 &scratch[..]
             }
@@ -89,9 +84,7 @@ fn merged(graph: &[u8]) -> Result<Rope, ModelError> {
 fn write_error(error: std::io::Error) -> ModelError {
     match error.downcast::<ModelError>() {
         Ok(error) => error,
-        Err(error) => {
-            ModelError::internal("the model could not be written").detail(format!("{error}."))
-        }
+        Err(error) => ModelError::internal("the model could not be written").detail(format!("{error}.")),
     }
 }
 
@@ -127,15 +120,8 @@ impl<'a> Visitor<'a> for Merge {
             Layout::Fixed { dtype, bytes, .. } => (dtype, bytes),
             Layout::Strings { .. } => return Err(tensor.invalid("It has stored strings.".into())),
         };
-        self.found.push(StoredRef {
-            ordinal,
-            dtype,
-            dims: tensor.dims.clone(),
-            bytes,
-        });
-        tensor.rewrite(source, rope, number, field::RAW_DATA, |rope| {
-            rope.tensor(field::RAW_DATA, ordinal, bytes)
-        })?;
+        self.found.push(StoredRef { ordinal, dtype, dims: tensor.dims.clone(), bytes });
+        tensor.rewrite(source, rope, number, field::RAW_DATA, |rope| rope.tensor(field::RAW_DATA, ordinal, bytes))?;
         Ok(true)
     }
 }

@@ -24,15 +24,8 @@ impl<'a, 'c> Source<'a, 'c> {
     /// The work of reading one field, in the same measure.
     const FIELD: usize = 32;
 
-    pub fn new(
-        bytes: &'a [u8],
-        check: &'c mut dyn FnMut() -> Result<(), ModelError>,
-    ) -> Source<'a, 'c> {
-        Source {
-            bytes,
-            check: RefCell::new(check),
-            since: Cell::new(0),
-        }
+    pub fn new(bytes: &'a [u8], check: &'c mut dyn FnMut() -> Result<(), ModelError>) -> Source<'a, 'c> {
+        Source { bytes, check: RefCell::new(check), since: Cell::new(0) }
     }
 
     /// Counts work, and asks the caller when there was enough of it.
@@ -61,9 +54,7 @@ impl<'a, 'c> Source<'a, 'c> {
     /// A string field as text; `what` names it in the error.
     pub fn text(&self, span: &Range<usize>, what: &str) -> Result<&'a str, ModelError> {
         let bytes = &self.bytes[span.clone()];
-        let text = std::str::from_utf8(bytes)
-            .ok()
-            .filter(|text| !text.contains('\0'));
+        let text = std::str::from_utf8(bytes).ok().filter(|text| !text.contains('\0'));
         text.ok_or_else(|| {
             let start = bytes[..bytes.len().min(64)].escape_ascii();
             ModelError::invalid_model(format!("the ONNX model has a {what} that is not text"))
@@ -80,26 +71,20 @@ pub(super) fn damaged(error: WireError, message: &str) -> ModelError {
     let detail = match error {
         WireError::Overrun { at, number, .. } => {
             let field = number.map_or(String::new(), |number| format!(" {number}"));
-            format!(
-                "At byte {at}, field{field} of a {message} reaches past the end of its message."
-            )
+            format!("At byte {at}, field{field} of a {message} reaches past the end of its message.")
         }
         WireError::Malformed { at } => {
             format!("At byte {at}, a {message} has a field that cannot be read.")
         }
     };
-    ModelError::invalid_model("the ONNX model is damaged")
-        .detail(detail)
-        .hint(AGAIN)
+    ModelError::invalid_model("the ONNX model is damaged").detail(detail).hint(AGAIN)
 }
 
 /// A field whose wire type is not the one that onnx.proto3 gives it.
 pub(super) fn wrong_wire_type(message: &str, field: &Field) -> ModelError {
     let (at, number) = (field.span.start, field.number);
     ModelError::invalid_model("the ONNX model is damaged")
-        .detail(format!(
-            "At byte {at}, field {number} of a {message} has the wrong wire type."
-        ))
+        .detail(format!("At byte {at}, field {number} of a {message} has the wrong wire type."))
         .hint(AGAIN)
 }
 

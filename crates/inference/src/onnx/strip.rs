@@ -41,18 +41,11 @@ pub fn strip<'a>(
 ) -> Result<Stripped<'a>, ModelError> {
     let source = Source::new(model, check);
     check_model(&source)?;
-    let strip = Strip {
-        external,
-        tensors: Vec::new(),
-        names: HashMap::new(),
-    };
+    let strip = Strip { external, tensors: Vec::new(), names: HashMap::new() };
     let mut walk = Walk::new(&source, strip);
     walk.model()?;
     let graph = concatenate(&source, &walk.rope)?;
-    Ok(Stripped {
-        graph,
-        tensors: walk.visitor.tensors,
-    })
+    Ok(Stripped { graph, tensors: walk.visitor.tensors })
 }
 
 /// The rope as bytes; it has no stored tensors as pieces.
@@ -75,37 +68,21 @@ fn concatenate(source: &Source, rope: &Rope) -> Result<Vec<u8>, ModelError> {
 
 /// What strangers' files begin with, and what to say about them.
 const STRANGERS: [(&[u8], &str); 5] = [
-    (
-        b"version https://git-lfs",
-        "It is a pointer of Git LFS: fetch the file itself with \"git lfs pull\".",
-    ),
-    (
-        b"PK\x03\x04",
-        "It is a ZIP archive, as PyTorch and Keras write: export the model to ONNX.",
-    ),
-    (
-        b"\x89HDF",
-        "It is an HDF5 file, as Keras writes: convert the model to ONNX, for instance with tf2onnx.",
-    ),
-    (
-        b"\x80\x04",
-        "It is a Python pickle: convert the model to ONNX, for instance with skl2onnx.",
-    ),
-    (
-        b"ORTM",
-        "It is in ONNX Runtime's own format: load the .onnx file that it was made from.",
-    ),
+    (b"version https://git-lfs", "It is a pointer of Git LFS: fetch the file itself with \"git lfs pull\"."),
+    (b"PK\x03\x04", "It is a ZIP archive, as PyTorch and Keras write: export the model to ONNX."),
+    (b"\x89HDF", "It is an HDF5 file, as Keras writes: convert the model to ONNX, for instance with tf2onnx."),
+    (b"\x80\x04", "It is a Python pickle: convert the model to ONNX, for instance with skl2onnx."),
+    (b"ORTM", "It is in ONNX Runtime's own format: load the .onnx file that it was made from."),
 ];
 
 /// Checks the outermost message, by which ONNX is told from other bytes.
 fn check_model(source: &Source) -> Result<(), ModelError> {
     let model = source.bytes;
     let not_onnx = |detail: String| {
-        let stranger = STRANGERS
-            .iter()
-            .find(|(magic, _)| model.starts_with(magic) || model.get(4..8) == Some(magic));
+        let stranger = STRANGERS.iter().find(|(magic, _)| model.starts_with(magic) || model.get(4..8) == Some(magic));
         ModelError::not_onnx("this is not an ONNX model").detail(detail).hint(
-            stranger.map_or("Give the bytes of a .onnx file, as torch.onnx.export and other exporters write it.", |s| s.1),
+            stranger
+                .map_or("Give the bytes of a .onnx file, as torch.onnx.export and other exporters write it.", |s| s.1),
         )
     };
     if model.is_empty() {
@@ -116,60 +93,41 @@ fn check_model(source: &Source) -> Result<(), ModelError> {
         source.advance(32)?;
         let field = match field {
             Ok(field) => field,
-            Err(WireError::Overrun {
-                number, declared, ..
-            }) if ir_version > 0
-                && number.is_none_or(|number| matches!(number, 1..=8 | 14 | 20 | 25)) =>
+            Err(WireError::Overrun { number, declared, .. })
+                if ir_version > 0 && number.is_none_or(|number| matches!(number, 1..=8 | 14 | 20 | 25)) =>
             {
-                let declared = declared.map_or(String::new(), |len| {
-                    format!(", within a part of {len} bytes")
-                });
+                let declared = declared.map_or(String::new(), |len| format!(", within a part of {len} bytes"));
                 return Err(ModelError::truncated("the ONNX model is cut off")
                     .detail(format!("It ends after {} bytes{declared}.", model.len()))
                     .hint("Copy the file again, in binary mode and to its end."));
             }
             Err(WireError::Overrun { at, .. } | WireError::Malformed { at }) => {
-                return Err(not_onnx(format!(
-                    "It has {} bytes; those from {at} are no ModelProto.",
-                    model.len()
-                )));
+                return Err(not_onnx(format!("It has {} bytes; those from {at} are no ModelProto.", model.len())));
             }
         };
         match (field.number, field.value) {
             (1, Value::Varint(version)) => ir_version = version as i64,
             (7, Value::Bytes(_)) if graph.is_some() => {
-                return Err(ModelError::invalid_model(
-                    "the ONNX model has several graphs",
-                ));
+                return Err(ModelError::invalid_model("the ONNX model has several graphs"));
             }
             (7, Value::Bytes(body)) => graph = Some(body),
             (8, Value::Bytes(_)) => opsets += 1,
             (5, Value::Varint(_)) | (2 | 3 | 4 | 6 | 14 | 20 | 25, Value::Bytes(_)) => {}
             (number @ (1..=8 | 14 | 20 | 25), _) => {
-                return Err(not_onnx(format!(
-                    "Field {number} of a ModelProto has another wire type."
-                )));
+                return Err(not_onnx(format!("Field {number} of a ModelProto has another wire type.")));
             }
             _ => {}
         }
     }
     let cut = "The file may be cut off, or be no ONNX model: export or copy it again.";
     let Some(graph) = graph.filter(|_| ir_version > 0) else {
-        let missing = if ir_version > 0 {
-            "graph"
-        } else {
-            "ir_version"
-        };
-        return Err(not_onnx(format!(
-            "It can be read as protobuf, but has no {missing}."
-        )));
+        let missing = if ir_version > 0 { "graph" } else { "ir_version" };
+        return Err(not_onnx(format!("It can be read as protobuf, but has no {missing}.")));
     };
     if ir_version < 3 {
-        return Err(ModelError::unsupported_opset(format!(
-            "ONNX IR version {ir_version} is not supported"
-        ))
-        .detail("The oldest supported is 3, of 2017.")
-        .hint("Convert the model with onnx.version_converter."));
+        return Err(ModelError::unsupported_opset(format!("ONNX IR version {ir_version} is not supported"))
+            .detail("The oldest supported is 3, of 2017.")
+            .hint("Convert the model with onnx.version_converter."));
     }
     if opsets == 0 {
         return Err(ModelError::invalid_model("the ONNX model names no operator set").hint(cut));
@@ -181,11 +139,9 @@ fn check_model(source: &Source) -> Result<(), ModelError> {
         outputs += u64::from(field.number == 12);
     }
     if nodes == 0 || outputs == 0 {
-        return Err(
-            ModelError::invalid_model("the graph of the ONNX model is empty")
-                .detail(format!("It has {nodes} nodes and {outputs} outputs."))
-                .hint(cut),
-        );
+        return Err(ModelError::invalid_model("the graph of the ONNX model is empty")
+            .detail(format!("It has {nodes} nodes and {outputs} outputs."))
+            .hint(cut));
     }
     Ok(())
 }
@@ -214,56 +170,24 @@ impl<'a> Visitor<'a> for Strip<'_, 'a> {
                 tensor.check_strings(source, elements)?;
                 return Ok(false);
             }
-            Layout::Fixed {
-                dtype,
-                elements,
-                bytes,
-            } => (dtype, elements, bytes),
+            Layout::Fixed { dtype, elements, bytes } => (dtype, elements, bytes),
         };
         let data = tensor.data(source, (dtype, elements, bytes), self.external)?;
         match place {
-            Place::Initializer { .. } if tensor.name.is_empty() => Err(ModelError::invalid_model(
-                "the ONNX model has an initializer without a name",
-            )
-            .detail(format!("Its dimensions are {:?}.", tensor.dims))),
+            Place::Initializer { .. } if tensor.name.is_empty() => {
+                Err(ModelError::invalid_model("the ONNX model has an initializer without a name")
+                    .detail(format!("Its dimensions are {:?}.", tensor.dims)))
+            }
             Place::Initializer { views } => {
                 let view = views.view(tensor.name, tensor.dims.len());
-                self.store(
-                    source,
-                    rope,
-                    number,
-                    tensor,
-                    tensor.name.into(),
-                    dtype,
-                    view,
-                    data,
-                )
+                self.store(source, rope, number, tensor, tensor.name.into(), dtype, view, data)
             }
-            Place::Attribute {
-                views,
-                node,
-                attribute,
-            } if node.is_onnx("Constant")
-                && attribute == "value"
-                && number == 5
-                && bytes > SMALL_CONSTANT =>
+            Place::Attribute { views, node, attribute }
+                if node.is_onnx("Constant") && attribute == "value" && number == 5 && bytes > SMALL_CONSTANT =>
             {
-                let name = if node.name.is_empty() {
-                    node.output
-                } else {
-                    node.name
-                };
+                let name = if node.name.is_empty() { node.output } else { node.name };
                 let view = views.view(node.output, tensor.dims.len());
-                self.store(
-                    source,
-                    rope,
-                    number,
-                    tensor,
-                    format!("{name}/{attribute}"),
-                    dtype,
-                    view,
-                    data,
-                )
+                self.store(source, rope, number, tensor, format!("{name}/{attribute}"), dtype, view, data)
             }
             Place::Attribute { .. } if tensor.is_external() => {
                 tensor.rewrite(source, rope, number, field::RAW_DATA, |rope| {
@@ -304,14 +228,7 @@ impl<'a> Strip<'_, 'a> {
                 write_varint(own, 1);
             });
         })?;
-        self.tensors.push(StoredTensor {
-            ordinal,
-            name,
-            dtype,
-            dims: tensor.dims.clone(),
-            view,
-            data,
-        });
+        self.tensors.push(StoredTensor { ordinal, name, dtype, dims: tensor.dims.clone(), view, data });
         Ok(true)
     }
 

@@ -31,15 +31,10 @@ impl<'a> TensorProto<'a> {
         (dtype, elements, bytes): (DType, u64, u64),
         external: &mut dyn ExternalData,
     ) -> Result<Cow<'a, [u8]>, ModelError> {
-        let raw = self
-            .raw
-            .clone()
-            .filter(|raw| !raw.is_empty() || self.typed.is_none());
+        let raw = self.raw.clone().filter(|raw| !raw.is_empty() || self.typed.is_none());
         let data = match (self.external, raw, &self.typed) {
             (true, None, None) => Cow::Owned(self.external_data(source, bytes, external)?),
-            (true, Some(raw), None) if raw.is_empty() => {
-                Cow::Owned(self.external_data(source, bytes, external)?)
-            }
+            (true, Some(raw), None) if raw.is_empty() => Cow::Owned(self.external_data(source, bytes, external)?),
             (true, ..) => {
                 return Err(self.invalid("It has data in the model and external data.".into()));
             }
@@ -63,9 +58,7 @@ impl<'a> TensorProto<'a> {
             for part in data.chunks(1 << 20) {
                 source.advance(part.len())?;
                 if let Some(byte) = part.iter().find(|&&byte| byte > 1) {
-                    return Err(
-                        self.invalid(format!("It is of type bool and has the value {byte}."))
-                    );
+                    return Err(self.invalid(format!("It is of type bool and has the value {byte}.")));
                 }
             }
         }
@@ -78,16 +71,12 @@ impl<'a> TensorProto<'a> {
         bytes: u64,
         external: &mut dyn ExternalData,
     ) -> Result<Vec<u8>, ModelError> {
-        let location = self
-            .location
-            .ok_or_else(|| self.invalid("Its external data have no location.".into()))?;
+        let location = self.location.ok_or_else(|| self.invalid("Its external data have no location.".into()))?;
         let number = |key: &str, value: Option<&str>, default: u64| match value {
             None => Ok(default),
-            Some(value) => value.parse().map_err(|_| {
-                self.invalid(format!(
-                    "The {key} of its external data is {value:?}, no number."
-                ))
-            }),
+            Some(value) => value
+                .parse()
+                .map_err(|_| self.invalid(format!("The {key} of its external data is {value:?}, no number."))),
         };
         let offset: u64 = number("offset", self.offset, 0)?;
         let length = number("length", self.length, bytes)?;
@@ -130,11 +119,8 @@ impl<'a> TensorProto<'a> {
         total: usize,
         run: Option<Range<usize>>,
     ) -> Result<Cow<'a, [u8]>, ModelError> {
-        let store = Store::of(dtype, number).ok_or_else(|| {
-            self.invalid(format!(
-                "Its type is {dtype}, its data stand in field {number}."
-            ))
-        })?;
+        let store = Store::of(dtype, number)
+            .ok_or_else(|| self.invalid(format!("Its type is {dtype}, its data stand in field {number}.")))?;
         if let (Store::Plain, Some(run)) = (store, run) {
             return Ok(Cow::Borrowed(&source.bytes[run]));
         }
@@ -157,19 +143,13 @@ impl<'a> TensorProto<'a> {
             match field.value {
                 Value::Fixed32(value) => out.extend_from_slice(&value.to_le_bytes()),
                 Value::Fixed64(value) => out.extend_from_slice(&value.to_le_bytes()),
-                Value::Bytes(span) if store == Store::Plain => {
-                    out.extend_from_slice(&source.bytes[span])
-                }
+                Value::Bytes(span) if store == Store::Plain => out.extend_from_slice(&source.bytes[span]),
                 Value::Varint(value) => self.push(&mut out, store, value)?,
                 Value::Bytes(span) => {
                     let (packed, mut at) = (&source.bytes[..span.end], span.start);
                     while at < span.end && out.len() as u64 <= bytes {
                         let value = read_varint(packed, &mut at);
-                        self.push(
-                            &mut out,
-                            store,
-                            value.map_err(|error| damaged(error, "TensorProto"))?,
-                        )?;
+                        self.push(&mut out, store, value.map_err(|error| damaged(error, "TensorProto"))?)?;
                         source.advance(1)?;
                     }
                 }
@@ -189,9 +169,7 @@ impl<'a> TensorProto<'a> {
         if width < 8 {
             let value = value as i64;
             if value < min || value > max {
-                return Err(self.invalid(format!(
-                    "It has the value {value}, which is not in {min} to {max}."
-                )));
+                return Err(self.invalid(format!("It has the value {value}, which is not in {min} to {max}.")));
             }
         }
         out.extend_from_slice(&value.to_le_bytes()[..width]);

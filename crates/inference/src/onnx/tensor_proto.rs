@@ -39,11 +39,7 @@ const MAX_RANK: usize = 64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Layout {
     /// Fixed-width elements, `bytes` in all; fits `isize`.
-    Fixed {
-        dtype: DType,
-        elements: u64,
-        bytes: u64,
-    },
+    Fixed { dtype: DType, elements: u64, bytes: u64 },
     /// Strings.
     Strings { elements: u64 },
 }
@@ -66,10 +62,7 @@ pub(super) struct TensorProto<'a> {
 
 impl<'a> TensorProto<'a> {
     /// Reads the header of the message that is `body`.
-    pub fn parse(
-        source: &Source<'a, '_>,
-        body: Range<usize>,
-    ) -> Result<TensorProto<'a>, ModelError> {
+    pub fn parse(source: &Source<'a, '_>, body: Range<usize>) -> Result<TensorProto<'a>, ModelError> {
         let mut tensor = TensorProto {
             body: body.clone(),
             name: "",
@@ -94,9 +87,7 @@ impl<'a> TensorProto<'a> {
                     }
                 }
                 (field::DATA_TYPE, Value::Varint(code)) => tensor.code = *code as i32,
-                (field::NAME, Value::Bytes(span)) => {
-                    tensor.name = source.text(span, "tensor name")?
-                }
+                (field::NAME, Value::Bytes(span)) => tensor.name = source.text(span, "tensor name")?,
                 (field::RAW_DATA, Value::Bytes(span)) => tensor.raw = Some(span.clone()),
                 (
                     field::FLOAT_DATA
@@ -107,24 +98,18 @@ impl<'a> TensorProto<'a> {
                     | field::UINT64_DATA,
                     value,
                 ) => tensor.typed_field(&field, value)?,
-                (field::EXTERNAL_DATA, Value::Bytes(span)) => {
-                    tensor.external_entry(source, span.clone())?
-                }
+                (field::EXTERNAL_DATA, Value::Bytes(span)) => tensor.external_entry(source, span.clone())?,
                 (field::DATA_LOCATION, Value::Varint(location)) => {
                     tensor.external = match location {
                         0 => false,
                         1 => true,
                         other => {
-                            return Err(
-                                tensor.invalid(format!("Its data_location {other} is not known."))
-                            );
+                            return Err(tensor.invalid(format!("Its data_location {other} is not known.")));
                         }
                     }
                 }
                 (field::SEGMENT, _) => {
-                    return Err(tensor.invalid(
-                        "It is a segment of a tensor, which ONNX readers do not take.".into(),
-                    ));
+                    return Err(tensor.invalid("It is a segment of a tensor, which ONNX readers do not take.".into()));
                 }
                 (1..=14, Value::Bytes(_)) if field.number == 12 => {}
                 (1..=14, _) => return Err(wrong_wire_type("TensorProto", &field)),
@@ -136,11 +121,8 @@ impl<'a> TensorProto<'a> {
 
     fn dim(&mut self, dim: u64) -> Result<(), ModelError> {
         if self.dims.len() == MAX_RANK {
-            return Err(ModelError::too_large(format!(
-                "tensor \"{}\" has too many dimensions",
-                self.name
-            ))
-            .detail(format!("At most {MAX_RANK} are supported.")));
+            return Err(ModelError::too_large(format!("tensor \"{}\" has too many dimensions", self.name))
+                .detail(format!("At most {MAX_RANK} are supported.")));
         }
         if dim > i64::MAX as u64 {
             return Err(self.invalid(format!("It has the negative dimension {}.", dim as i64)));
@@ -152,12 +134,7 @@ impl<'a> TensorProto<'a> {
     fn typed_field(&mut self, field: &Field, value: &Value) -> Result<(), ModelError> {
         let (bytes, run) = match value {
             Value::Bytes(span) => (span.len(), Some(span.clone())),
-            Value::Varint(_)
-                if matches!(
-                    field.number,
-                    field::INT32_DATA | field::INT64_DATA | field::UINT64_DATA
-                ) =>
-            {
+            Value::Varint(_) if matches!(field.number, field::INT32_DATA | field::INT64_DATA | field::UINT64_DATA) => {
                 (field.span.len(), None)
             }
             Value::Fixed32(_) if field.number == field::FLOAT_DATA => (4, None),
@@ -170,25 +147,16 @@ impl<'a> TensorProto<'a> {
         }
         self.typed = match self.typed.take() {
             None => Some((field.number, bytes, run)),
-            Some((number, before, _)) if number == field.number => {
-                Some((number, before + bytes, None))
-            }
+            Some((number, before, _)) if number == field.number => Some((number, before + bytes, None)),
             Some((number, ..)) => {
-                return Err(self.invalid(format!(
-                    "It has data in field {number} and in field {}.",
-                    field.number
-                )));
+                return Err(self.invalid(format!("It has data in field {number} and in field {}.", field.number)));
             }
         };
         Ok(())
     }
 
     /// A `StringStringEntryProto` of external_data.
-    fn external_entry(
-        &mut self,
-        source: &Source<'a, '_>,
-        span: Range<usize>,
-    ) -> Result<(), ModelError> {
+    fn external_entry(&mut self, source: &Source<'a, '_>, span: Range<usize>) -> Result<(), ModelError> {
         let (mut key, mut value) = ("", "");
         for field in source.fields(span, "StringStringEntryProto") {
             let field = field?;
@@ -241,9 +209,7 @@ impl<'a> TensorProto<'a> {
                 | field::UINT64_DATA
                 | field::EXTERNAL_DATA
                 | field::DATA_LOCATION => continue,
-                number if number > place => {
-                    insert.take().into_iter().for_each(|insert| insert(rope))
-                }
+                number if number > place => insert.take().into_iter().for_each(|insert| insert(rope)),
                 _ => {}
             }
             rope.source(field.span);
@@ -255,11 +221,7 @@ impl<'a> TensorProto<'a> {
 
     /// An error about this tensor.
     pub fn invalid(&self, detail: String) -> ModelError {
-        ModelError::invalid_model(format!(
-            "the ONNX model has an invalid tensor \"{}\"",
-            self.name
-        ))
-        .detail(detail)
+        ModelError::invalid_model(format!("the ONNX model has an invalid tensor \"{}\"", self.name)).detail(detail)
     }
 
     /// Type and size.
@@ -269,10 +231,7 @@ impl<'a> TensorProto<'a> {
                 .detail(format!("Its dimensions are {:?}.", self.dims))
         };
         let nonzero = self.dims.iter().filter(|&&dim| dim > 0);
-        let product = nonzero
-            .copied()
-            .try_fold(1, u64::checked_mul)
-            .ok_or_else(too_large)?;
+        let product = nonzero.copied().try_fold(1, u64::checked_mul).ok_or_else(too_large)?;
         let elements = if self.dims.contains(&0) { 0 } else { product };
         if self.code == STRING {
             return Ok(Layout::Strings { elements });
@@ -281,47 +240,30 @@ impl<'a> TensorProto<'a> {
             return Err(self.invalid("It has no data type.".into()));
         }
         let dtype = DType::from_onnx(self.code).ok_or_else(|| {
-            ModelError::unsupported_type(format!(
-                "tensor \"{}\" has an unsupported element type",
-                self.name
-            ))
-            .detail(format!("The code of its ONNX data type is {}.", self.code))
-            .hint("Convert the model to an element type such as float32, float16 or int8.")
+            ModelError::unsupported_type(format!("tensor \"{}\" has an unsupported element type", self.name))
+                .detail(format!("The code of its ONNX data type is {}.", self.code))
+                .hint("Convert the model to an element type such as float32, float16 or int8.")
         })?;
-        let bytes = dtype
-            .byte_len(elements)
-            .filter(|&bytes| bytes <= isize::MAX as u64)
-            .ok_or_else(too_large)?;
-        Ok(Layout::Fixed {
-            dtype,
-            elements,
-            bytes,
-        })
+        let bytes = dtype.byte_len(elements).filter(|&bytes| bytes <= isize::MAX as u64).ok_or_else(too_large)?;
+        Ok(Layout::Fixed { dtype, elements, bytes })
     }
 
     /// Checks that a string tensor has as many strings as its dimensions say.
     pub fn check_strings(&self, source: &Source<'a, '_>, elements: u64) -> Result<(), ModelError> {
         if self.external {
-            return Err(ModelError::unsupported_type(format!(
-                "tensor \"{}\" is not supported",
-                self.name
-            ))
-            .detail("It has strings as external data."));
+            return Err(ModelError::unsupported_type(format!("tensor \"{}\" is not supported", self.name))
+                .detail("It has strings as external data."));
         }
         let mut strings = 0;
         for field in source.fields(self.body.clone(), "TensorProto") {
             let field = field?;
             strings += u64::from(field.number == field::STRING_DATA);
         }
-        let other = self
-            .typed
-            .as_ref()
-            .is_some_and(|(number, ..)| *number != field::STRING_DATA);
+        let other = self.typed.as_ref().is_some_and(|(number, ..)| *number != field::STRING_DATA);
         if strings != elements || other || self.raw.is_some() {
-            return Err(self.invalid(format!(
-                "It has {strings} strings; its dimensions {:?} ask for {elements}.",
-                self.dims
-            )));
+            return Err(
+                self.invalid(format!("It has {strings} strings; its dimensions {:?} ask for {elements}.", self.dims))
+            );
         }
         Ok(())
     }

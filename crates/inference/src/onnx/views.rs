@@ -56,10 +56,7 @@ impl<'a> Views<'a> {
             let (1, Value::Bytes(name)) = (field.number, field.value) else {
                 continue;
             };
-            let view = wish
-                .as_ref()
-                .filter(|wish| wish.input == index)
-                .map(|wish| wish.view);
+            let view = wish.as_ref().filter(|wish| wish.input == index).map(|wish| wish.view);
             index += 1;
             let name = source.text(&name, "node input")?;
             match (last_pass, view) {
@@ -100,20 +97,11 @@ impl Wish {
         let node = NodeHead::parse(source, body.clone())?;
         let any = |names: &[&str]| names.iter().any(|name| node.is_onnx(name));
         Ok(if any(&["Conv", "ConvTranspose", "ConvInteger"]) {
-            Some(Wish {
-                input: 1,
-                view: View::RowsByFirst,
-            })
+            Some(Wish { input: 1, view: View::RowsByFirst })
         } else if any(&["QLinearConv"]) {
-            Some(Wish {
-                input: 3,
-                view: View::RowsByFirst,
-            })
+            Some(Wish { input: 3, view: View::RowsByFirst })
         } else if any(&["Gemm"]) && integer_attribute(source, body, "transB")? == Some(1) {
-            Some(Wish {
-                input: 1,
-                view: View::Transposed,
-            })
+            Some(Wish { input: 1, view: View::Transposed })
         } else {
             None
         })
@@ -121,11 +109,7 @@ impl Wish {
 }
 
 /// The integer attribute `name` of the node that is `body`.
-fn integer_attribute(
-    source: &Source<'_, '_>,
-    body: Range<usize>,
-    name: &str,
-) -> Result<Option<u64>, ModelError> {
+fn integer_attribute(source: &Source<'_, '_>, body: Range<usize>, name: &str) -> Result<Option<u64>, ModelError> {
     let mut found = None;
     for field in source.fields(body, "NodeProto") {
         let field = field?;

@@ -28,14 +28,8 @@ const MAX_GRAPH_DEPTH: usize = 30;
 
 /// Where a tensor stands.
 pub(super) enum Place<'p, 'a> {
-    Initializer {
-        views: &'p Views<'a>,
-    },
-    Attribute {
-        views: &'p Views<'a>,
-        node: &'p NodeHead<'a>,
-        attribute: &'a str,
-    },
+    Initializer { views: &'p Views<'a> },
+    Attribute { views: &'p Views<'a>, node: &'p NodeHead<'a>, attribute: &'a str },
 }
 
 /// What the walk does at a tensor.
@@ -102,11 +96,7 @@ pub(super) struct Walk<'s, 'a, 'c, V> {
 
 impl<'s, 'a, 'c, V: Visitor<'a>> Walk<'s, 'a, 'c, V> {
     pub fn new(source: &'s Source<'a, 'c>, visitor: V) -> Walk<'s, 'a, 'c, V> {
-        Walk {
-            source,
-            rope: Rope::default(),
-            visitor,
-        }
+        Walk { source, rope: Rope::default(), visitor }
     }
 
     /// The whole model.
@@ -144,18 +134,10 @@ impl<'s, 'a, 'c, V: Visitor<'a>> Walk<'s, 'a, 'c, V> {
         Ok(changed)
     }
 
-    fn graph(
-        &mut self,
-        number: u32,
-        span: Range<usize>,
-        body: Range<usize>,
-        depth: usize,
-    ) -> Result<bool, ModelError> {
+    fn graph(&mut self, number: u32, span: Range<usize>, body: Range<usize>, depth: usize) -> Result<bool, ModelError> {
         if depth == MAX_GRAPH_DEPTH {
-            return Err(
-                ModelError::invalid_model("the ONNX model has graphs nested too deeply")
-                    .detail(format!("At most {MAX_GRAPH_DEPTH} levels are supported.")),
-            );
+            return Err(ModelError::invalid_model("the ONNX model has graphs nested too deeply")
+                .detail(format!("At most {MAX_GRAPH_DEPTH} levels are supported.")));
         }
         let views = match V::VIEWS {
             true => Views::of_graph(self.source, body.clone())?,
@@ -166,15 +148,10 @@ impl<'s, 'a, 'c, V: Visitor<'a>> Walk<'s, 'a, 'c, V> {
             for field in walk.source.fields(body, "GraphProto") {
                 let field = field?;
                 changed |= match (field.number, &field.value) {
-                    (1, Value::Bytes(body)) => {
-                        walk.node(1, field.span, body.clone(), &views, depth)?
+                    (1, Value::Bytes(body)) => walk.node(1, field.span, body.clone(), &views, depth)?,
+                    (5, Value::Bytes(body)) => {
+                        walk.tensor(5, field.span, body.clone(), Place::Initializer { views: &views })?
                     }
-                    (5, Value::Bytes(body)) => walk.tensor(
-                        5,
-                        field.span,
-                        body.clone(),
-                        Place::Initializer { views: &views },
-                    )?,
                     (15, Value::Bytes(body)) => walk.sparse(field.span, body.clone())?,
                     (1 | 5 | 15, _) => return Err(wrong_wire_type("GraphProto", &field)),
                     _ => walk.keep(field.span),
@@ -192,9 +169,7 @@ impl<'s, 'a, 'c, V: Visitor<'a>> Walk<'s, 'a, 'c, V> {
                 let field = field?;
                 changed |= match (field.number, &field.value) {
                     (7, Value::Bytes(body)) => walk.node(7, field.span, body.clone(), &views, 0)?,
-                    (11, Value::Bytes(body)) => {
-                        walk.attribute(11, field.span, body.clone(), &views, &none, 0)?
-                    }
+                    (11, Value::Bytes(body)) => walk.attribute(11, field.span, body.clone(), &views, &none, 0)?,
                     (7 | 11, _) => return Err(wrong_wire_type("FunctionProto", &field)),
                     _ => walk.keep(field.span),
                 };
@@ -217,9 +192,7 @@ impl<'s, 'a, 'c, V: Visitor<'a>> Walk<'s, 'a, 'c, V> {
             for field in walk.source.fields(body, "NodeProto") {
                 let field = field?;
                 changed |= match (field.number, field.value) {
-                    (5, Value::Bytes(body)) => {
-                        walk.attribute(5, field.span, body, views, &node, depth)?
-                    }
+                    (5, Value::Bytes(body)) => walk.attribute(5, field.span, body, views, &node, depth)?,
                     _ => walk.keep(field.span),
                 };
             }
@@ -251,13 +224,8 @@ impl<'s, 'a, 'c, V: Visitor<'a>> Walk<'s, 'a, 'c, V> {
             }
         }
         if values.iter().any(|&count| count > 1) {
-            return Err(ModelError::invalid_model(
-                "the ONNX model has an attribute with several values",
-            )
-            .detail(format!(
-                "Node \"{}\" of type {}, attribute \"{attribute}\".",
-                node.name, node.op_type
-            )));
+            return Err(ModelError::invalid_model("the ONNX model has an attribute with several values")
+                .detail(format!("Node \"{}\" of type {}, attribute \"{attribute}\".", node.name, node.op_type)));
         }
         self.message(number, span, |walk| {
             let mut changed = false;
@@ -265,19 +233,10 @@ impl<'s, 'a, 'c, V: Visitor<'a>> Walk<'s, 'a, 'c, V> {
                 let field = field?;
                 let number = field.number;
                 changed |= match (number, field.value) {
-                    (5 | 10, Value::Bytes(body)) => walk.tensor(
-                        number,
-                        field.span,
-                        body,
-                        Place::Attribute {
-                            views,
-                            node,
-                            attribute,
-                        },
-                    )?,
-                    (6 | 11, Value::Bytes(body)) => {
-                        walk.graph(number, field.span, body, depth + 1)?
+                    (5 | 10, Value::Bytes(body)) => {
+                        walk.tensor(number, field.span, body, Place::Attribute { views, node, attribute })?
                     }
+                    (6 | 11, Value::Bytes(body)) => walk.graph(number, field.span, body, depth + 1)?,
                     (22 | 23, Value::Bytes(body)) => walk.sparse(field.span, body)?,
                     _ => walk.keep(field.span),
                 };
@@ -294,9 +253,7 @@ impl<'s, 'a, 'c, V: Visitor<'a>> Walk<'s, 'a, 'c, V> {
         place: Place<'_, 'a>,
     ) -> Result<bool, ModelError> {
         let tensor = TensorProto::parse(self.source, body)?;
-        let replaced = self
-            .visitor
-            .tensor(self.source, &mut self.rope, number, &tensor, place)?;
+        let replaced = self.visitor.tensor(self.source, &mut self.rope, number, &tensor, place)?;
         if !replaced {
             self.rope.source(span);
         }
@@ -309,11 +266,9 @@ impl<'s, 'a, 'c, V: Visitor<'a>> Walk<'s, 'a, 'c, V> {
             if let (1 | 2, Value::Bytes(body)) = (field.number, field.value) {
                 let tensor = TensorProto::parse(self.source, body)?;
                 if tensor.is_external() {
-                    return Err(ModelError::unsupported_type(
-                        "the ONNX model has a sparse tensor with external data",
-                    )
-                    .detail(format!("It is named \"{}\".", tensor.name))
-                    .hint("Save the model as one file."));
+                    return Err(ModelError::unsupported_type("the ONNX model has a sparse tensor with external data")
+                        .detail(format!("It is named \"{}\".", tensor.name))
+                        .hint("Save the model as one file."));
                 }
             }
         }

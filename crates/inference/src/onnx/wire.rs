@@ -16,11 +16,7 @@ use std::ops::Range;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum WireError {
     /// A field reaches past the end of its message. `declared` is its length, where it has one.
-    Overrun {
-        at: usize,
-        number: Option<u32>,
-        declared: Option<u64>,
-    },
+    Overrun { at: usize, number: Option<u32>, declared: Option<u64> },
     /// A varint of more than 64 bits, a field number of 0 or above 2^29, or an unknown wire type.
     Malformed { at: usize },
 }
@@ -51,10 +47,7 @@ pub(super) struct Fields<'a> {
 impl<'a> Fields<'a> {
     /// `span` lies within `buffer`.
     pub fn new(buffer: &'a [u8], span: Range<usize>) -> Fields<'a> {
-        Fields {
-            buffer: &buffer[..span.end],
-            at: span.start,
-        }
+        Fields { buffer: &buffer[..span.end], at: span.start }
     }
 
     fn field(&mut self) -> Result<Field, WireError> {
@@ -65,30 +58,20 @@ impl<'a> Fields<'a> {
         if number == 0 || number >= 1 << 29 {
             return Err(malformed);
         }
-        let overrun = |declared| WireError::Overrun {
-            at: start,
-            number: Some(number),
-            declared,
-        };
+        let overrun = |declared| WireError::Overrun { at: start, number: Some(number), declared };
         let value = match key & 7 {
-            0 => Value::Varint(read_varint(self.buffer, &mut self.at).map_err(
-                |error| match error {
-                    WireError::Overrun { .. } => overrun(None),
-                    other => other,
-                },
-            )?),
+            0 => Value::Varint(read_varint(self.buffer, &mut self.at).map_err(|error| match error {
+                WireError::Overrun { .. } => overrun(None),
+                other => other,
+            })?),
             1 => Value::Fixed64(u64::from_le_bytes(self.array().ok_or(overrun(None))?)),
             2 => {
-                let declared =
-                    read_varint(self.buffer, &mut self.at).map_err(|error| match error {
-                        WireError::Overrun { .. } => overrun(None),
-                        other => other,
-                    })?;
+                let declared = read_varint(self.buffer, &mut self.at).map_err(|error| match error {
+                    WireError::Overrun { .. } => overrun(None),
+                    other => other,
+                })?;
                 let left = self.buffer.len() - self.at;
-                let len = usize::try_from(declared)
-                    .ok()
-                    .filter(|&len| len <= left)
-                    .ok_or(overrun(Some(declared)))?;
+                let len = usize::try_from(declared).ok().filter(|&len| len <= left).ok_or(overrun(Some(declared)))?;
                 let from = self.at;
                 self.at += len;
                 Value::Bytes(from..self.at)
@@ -96,11 +79,7 @@ impl<'a> Fields<'a> {
             5 => Value::Fixed32(u32::from_le_bytes(self.array().ok_or(overrun(None))?)),
             _ => return Err(malformed),
         };
-        Ok(Field {
-            number,
-            value,
-            span: start..self.at,
-        })
+        Ok(Field { number, value, span: start..self.at })
     }
 
     fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
@@ -131,11 +110,7 @@ pub(super) fn read_varint(buffer: &[u8], at: &mut usize) -> Result<u64, WireErro
     let mut value = 0u64;
     for shift in (0..70).step_by(7) {
         let Some(&byte) = buffer.get(*at) else {
-            return Err(WireError::Overrun {
-                at: start,
-                number: None,
-                declared: None,
-            });
+            return Err(WireError::Overrun { at: start, number: None, declared: None });
         };
         *at += 1;
         let bits = u64::from(byte & 0x7f);
@@ -299,17 +274,7 @@ mod tests {
 
     #[test]
     fn varints_are_read_back() {
-        for value in [
-            0,
-            1,
-            127,
-            128,
-            16_383,
-            16_384,
-            u64::from(u32::MAX),
-            u64::MAX >> 1,
-            u64::MAX,
-        ] {
+        for value in [0, 1, 127, 128, 16_383, 16_384, u64::from(u32::MAX), u64::MAX >> 1, u64::MAX] {
             let mut bytes = Vec::new();
             write_varint(&mut bytes, value);
             assert_eq!(bytes.len() as u64, varint_len(value));
@@ -317,20 +282,11 @@ mod tests {
             assert_eq!(read_varint(&bytes, &mut at), Ok(value));
             assert_eq!(at, bytes.len());
             bytes.pop();
-            assert!(matches!(
-                read_varint(&bytes, &mut 0),
-                Err(WireError::Overrun { .. })
-            ));
+            assert!(matches!(read_varint(&bytes, &mut 0), Err(WireError::Overrun { .. })));
         }
+        assert_eq!(read_varint(&[0xff; 11], &mut 0), Err(WireError::Malformed { at: 0 }));
         assert_eq!(
-            read_varint(&[0xff; 11], &mut 0),
-            Err(WireError::Malformed { at: 0 })
-        );
-        assert_eq!(
-            read_varint(
-                &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2],
-                &mut 0
-            ),
+            read_varint(&[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2], &mut 0),
             Err(WireError::Malformed { at: 0 })
         );
     }
@@ -338,30 +294,12 @@ mod tests {
     #[test]
     fn fields_of_every_wire_type() {
         // Varint 1: 150; fixed64 2; bytes 3: "ab"; fixed32 4.
-        let bytes = [
-            8, 0x96, 1, 0x11, 1, 0, 0, 0, 0, 0, 0, 0, 0x1a, 2, b'a', b'b', 0x25, 7, 0, 0, 0,
-        ];
+        let bytes = [8, 0x96, 1, 0x11, 1, 0, 0, 0, 0, 0, 0, 0, 0x1a, 2, b'a', b'b', 0x25, 7, 0, 0, 0];
         let expected = [
-            Field {
-                number: 1,
-                value: Value::Varint(150),
-                span: 0..3,
-            },
-            Field {
-                number: 2,
-                value: Value::Fixed64(1),
-                span: 3..12,
-            },
-            Field {
-                number: 3,
-                value: Value::Bytes(14..16),
-                span: 12..16,
-            },
-            Field {
-                number: 4,
-                value: Value::Fixed32(7),
-                span: 16..21,
-            },
+            Field { number: 1, value: Value::Varint(150), span: 0..3 },
+            Field { number: 2, value: Value::Fixed64(1), span: 3..12 },
+            Field { number: 3, value: Value::Bytes(14..16), span: 12..16 },
+            Field { number: 4, value: Value::Fixed32(7), span: 16..21 },
         ];
         assert_eq!(fields(&bytes).unwrap(), expected);
         assert_eq!(fields(&[]).unwrap(), []);
@@ -369,18 +307,10 @@ mod tests {
 
     #[test]
     fn refuses_malformed_fields() {
-        let overrun = |number, declared| {
-            Err(WireError::Overrun {
-                at: 0,
-                number: Some(number),
-                declared,
-            })
-        };
+        let overrun = |number, declared| Err(WireError::Overrun { at: 0, number: Some(number), declared });
         assert_eq!(fields(&[0x1a, 3, 1, 2]), overrun(3, Some(3)));
         assert_eq!(
-            fields(&[
-                0x1a, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1
-            ]),
+            fields(&[0x1a, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1]),
             overrun(3, Some(u64::MAX))
         );
         assert_eq!(fields(&[0x11, 1]), overrun(2, None));
@@ -389,10 +319,7 @@ mod tests {
         for key in [0u8, 2, 0x0b, 0x0c, 0x0e, 0x0f] {
             assert_eq!(fields(&[key, 1, 1]), Err(WireError::Malformed { at: 0 }));
         }
-        assert_eq!(
-            fields(&[0x80, 0x80, 0x80, 0x80, 0x10, 0]),
-            Err(WireError::Malformed { at: 0 })
-        );
+        assert_eq!(fields(&[0x80, 0x80, 0x80, 0x80, 0x10, 0]), Err(WireError::Malformed { at: 0 }));
     }
 
     #[test]
@@ -419,10 +346,7 @@ mod tests {
             Piece::Length(307),
             Piece::Source(2..6),
             Piece::Own(2..5),
-            Piece::Tensor {
-                ordinal: 3,
-                len: 300,
-            },
+            Piece::Tensor { ordinal: 3, len: 300 },
         ];
         assert_eq!(rope.pieces, expected);
         assert_eq!(rope.len(), 2 + 1 + 2 + 310);

@@ -77,16 +77,19 @@ fn visit(model: &mut InferenceModel, id: usize, limit: u64) -> Result<Vec<Outlet
     let (in_facts, out_facts, _) = op
         .infer_facts(known_in.iter().collect(), known_out.iter().collect(), known_seen.iter().collect())
         .map_err(wrong)?;
-    if in_facts.iter().all(|fact| fact.value.is_concrete()) {
-        let bytes = out_facts.iter().map(bytes_of).fold(Some(0u64), |sum, bytes| sum?.checked_add(bytes?));
+    if !in_facts.is_empty() && in_facts.iter().all(|fact| fact.value.is_concrete()) {
+        let bytes = out_facts.iter().map(bytes_of).try_fold(0u64, |sum, bytes| sum.checked_add(bytes?));
         if bytes.is_none_or(|bytes| bytes > limit) {
             return Err(ModelError::too_large(format!("node \"{name}\" computes a constant beyond the memory limit"))
                 .detail(format!("The limit is {limit} bytes.")));
         }
     }
-    let (in_facts, out_facts, seen_facts) = op
-        .infer(known_in.iter().collect(), known_out.iter().collect(), known_seen.iter().collect())
-        .map_err(wrong)?;
+    beyond_dimensions(&name, &op.name(), &in_facts)?;
+    let (in_facts, out_facts, seen_facts) =
+        op.infer(known_in.iter().collect(), known_out.iter().collect(), known_seen.iter().collect()).map_err(wrong)?;
+    if !holds_for_all_sizes(&**op, &in_facts, &out_facts) {
+        return Err(ModelError::invalid_model(format!("node \"{name}\" depends on the size of a free dimension")));
+    }
     let mut changed = Vec::new();
     for (outlets, inferred) in edges.iter().zip([in_facts, out_facts, seen_facts]) {
         for (&outlet, fact) in outlets.iter().zip(inferred) {
@@ -102,9 +105,10 @@ fn visit(model: &mut InferenceModel, id: usize, limit: u64) -> Result<Vec<Outlet
     Ok(changed)
 }
 
-/// Bytes of a value of this fact; 0 where type or shape is not known, none where they do not fit.
+/// Bytes of a value of this fact; none where it is not known or does not fit, 0 where it has a free dimension and is
+/// not computed now.
 fn bytes_of(fact: &InferenceFact) -> Option<u64> {
-    let (Some(datum_type), Some(shape)) = (fact.datum_type.concretize(), fact.shape.concretize()) else { return Some(0) };
+    let (datum_type, shape) = (fact.datum_type.concretize()?, fact.shape.concretize()?);
     let mut bytes = datum_type.size_of() as u64;
     for dim in shape {
         match dim.to_i64() {
@@ -113,4 +117,85 @@ fn bytes_of(fact: &InferenceFact) -> Option<u64> {
         }
     }
     Some(bytes)
+}
+
+/// Refuses shapes beyond 32 bits: tract would take them modulo 2^32.
+fn beyond_dimensions(node: &str, operator: &str, inputs: &TVec<InferenceFact>) -> Result<(), ModelError> {
+    const SIZED: &[&str] = &[
+        "ConstantOfShape",
+        "MultiBroadcastTo",
+        "Reshape",
+        "Tile",
+        "OneHot",
+        "Pad",
+        "Range",
+        "Resize",
+        "Topk",
+        "Stft",
+        "STFT",
+        "Dft",
+        "MelWeightMatrix",
+        "Split",
+    ];
+    if !SIZED.iter().any(|sized| operator.starts_with(sized)) {
+        return Ok(());
+    }
+    for value in inputs.iter().filter_map(|fact| fact.value.concretize()) {
+        let large = value.datum_type() == DatumType::I64
+            && value
+                .try_as_plain_ram()
+                .and_then(|view| Ok(view.as_slice::<i64>()?.iter().any(|size| i32::try_from(*size).is_err())))
+                .unwrap_or(false);
+        if large && value.rank() <= 1 {
+            return Err(ModelError::too_large(format!("node \"{node}\" has a dimension beyond 2^31"))
+                .detail(format!("Operator {operator}.")));
+        }
+    }
+    Ok(())
+}
+
+/// Sizes that stand for all: the smallest, equal ones, and different ones, small and large.
+const SAMPLES: [fn(i64) -> i64; 4] = [|_| 1, |_| 2, |place| 3 + 4 * place, |place| 100_003 + 10 * place];
+
+/// tract compares a free dimension with another value by how it is written: two that may be equal are called
+/// different. This computes such a truth value for sample sizes; if it is not the same for all, the graph has to be
+/// compiled for concrete shapes.
+fn holds_for_all_sizes(op: &dyn InferenceOp, inputs: &TVec<InferenceFact>, outputs: &TVec<InferenceFact>) -> bool {
+    let truths: Vec<Arc<Tensor>> = outputs.iter().filter_map(|fact| fact.value.concretize()).collect();
+    if truths.len() != outputs.len() || truths.iter().any(|truth| truth.datum_type() != DatumType::Bool) {
+        return true;
+    }
+    let Some(values) = inputs.iter().map(|fact| fact.value.concretize()).collect::<Option<Vec<_>>>() else {
+        return true;
+    };
+    let mut symbols: Vec<Symbol> = Vec::new();
+    for value in values.iter().filter(|value| value.datum_type() == DatumType::TDim) {
+        let Ok(view) = value.try_as_plain_ram() else { continue };
+        for symbol in view.as_slice::<TDim>().unwrap_or(&[]).iter().flat_map(|dim| dim.symbols()) {
+            if !symbols.contains(&symbol) {
+                symbols.push(symbol);
+            }
+        }
+    }
+    symbols.is_empty()
+        || SAMPLES.iter().all(|size| {
+            let mut sizes = SymbolValues::default();
+            for (place, symbol) in symbols.iter().enumerate() {
+                sizes.set(symbol, size(place as i64));
+            }
+            let sample = |value: &Arc<Tensor>| -> TractResult<TValue> {
+                let mut value = (**value).clone();
+                if value.datum_type() == DatumType::TDim {
+                    for dim in value.try_as_plain_ram_mut()?.as_slice_mut::<TDim>()? {
+                        *dim = dim.eval(&sizes);
+                    }
+                }
+                Ok(value.into_tvalue())
+            };
+            let computed = values.iter().map(sample).collect::<TractResult<TVec<TValue>>>();
+            match computed.and_then(|values| op.eval_out_of_plan(values)) {
+                Ok(Some(computed)) => computed.iter().zip(&truths).all(|(computed, truth)| **computed == **truth),
+                _ => false,
+            }
+        })
 }

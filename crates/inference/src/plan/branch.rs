@@ -84,7 +84,8 @@ impl Body {
             if !changed {
                 return Ok(());
             }
-            analyse(&mut self.model, CONSTANT_LIMIT, &AtomicBool::new(false)).map_err(|error| format_err!("{error}"))?;
+            analyse(&mut self.model, CONSTANT_LIMIT, &AtomicBool::new(false))
+                .map_err(|error| format_err!("{error}"))?;
         }
     }
 

@@ -187,7 +187,7 @@ fn probe(
     options: &CompileOptions,
     cancel: &AtomicBool,
 ) -> Result<Option<ModelError>, ModelError> {
-    let mut first = None;
+    let mut errors: Vec<ModelError> = Vec::new();
     // Rows come first and are called a batch; a sequence comes last; pictures have the sizes of pictures.
     for (rows, other) in [(1, 1), (2, 8), (1, 32), (1, 64), (1, 224), (1, 512), (1, 576), (1, 16000)] {
         for only_last in [false, true] {
@@ -210,11 +210,13 @@ fn probe(
                 Err(error) if error.kind == ErrorKind::Cancelled => return Err(error),
                 // Shapes that do not fit fail in many ways; a wish for constants is the one to hear.
                 Err(error) if wants_constants(&error) => return Ok(Some(error)),
-                Err(error) => first = first.or(Some(error)),
+                Err(error) => errors.push(error),
             }
         }
     }
-    Ok(first)
+    // The same complaint whatever the shapes is about the graph.
+    let first = errors.swap_remove(0);
+    if errors.iter().all(|error| *error == first) { Err(first) } else { Ok(Some(first)) }
 }
 
 /// Parses the graph and gives it its tensors.
@@ -236,7 +238,9 @@ fn parse(
         }
     }
     let names: Vec<&str> = model.inputs.iter().map(|outlet| model.nodes[outlet.node].name.as_str()).collect();
-    if names.len() != signature.inputs.len() || names.iter().zip(&signature.inputs).any(|(name, port)| *name != port.name) {
+    if names.len() != signature.inputs.len()
+        || names.iter().zip(&signature.inputs).any(|(name, port)| *name != port.name)
+    {
         return Err(ModelError::internal("the inputs of the parsed graph are not those of its signature"));
     }
     Ok(model)

@@ -18,7 +18,9 @@ pub(super) const BROADCASTING: &[&str] =
 pub(super) fn broadcast(graph: &mut GraphProto) {
     let mut ranks: HashMap<String, i64> = HashMap::new();
     let declared = |info: &ValueInfoProto| match &info.r#type.as_ref()?.value {
-        Some(type_proto::Value::TensorType(tensor)) => Some((info.name.clone(), tensor.shape.as_ref()?.dim.len() as i64)),
+        Some(type_proto::Value::TensorType(tensor)) => {
+            Some((info.name.clone(), tensor.shape.as_ref()?.dim.len() as i64))
+        }
         _ => None,
     };
     ranks.extend(graph.input.iter().chain(&graph.value_info).chain(&graph.output).filter_map(declared));
@@ -26,7 +28,9 @@ pub(super) fn broadcast(graph: &mut GraphProto) {
     let mut nodes = Vec::with_capacity(graph.node.len());
     for mut node in std::mem::take(&mut graph.node) {
         let channels = node.op_type == "PRelu";
-        if BROADCASTING.contains(&node.op_type.as_str()) && node.input.len() == 2 && (channels || attribute(&node, "axis").is_some())
+        if BROADCASTING.contains(&node.op_type.as_str())
+            && node.input.len() == 2
+            && (channels || attribute(&node, "axis").is_some())
             && let (Some(&left), Some(&right)) = (ranks.get(&node.input[0]), ranks.get(&node.input[1]))
         {
             let axis = if channels { 1 } else { integer(&node, "axis").unwrap_or(0) };

@@ -14,6 +14,7 @@
 mod analyse;
 mod branch;
 mod build;
+mod cast;
 mod classical;
 mod legacy;
 mod names;
@@ -94,11 +95,7 @@ impl Plan {
     /// `NotOnnx` and `InvalidModel` for what is no valid graph; `UnsupportedOperator`, `UnsupportedOpset`,
     /// `UnsupportedType` for what cannot be run; `TooLarge` for constants beyond the memory limit; what `tensors`
     /// returns.
-    pub fn compile(
-        graph: &[u8],
-        tensors: &mut FetchTensor<'_>,
-        options: &CompileOptions,
-    ) -> Result<Plan, ModelError> {
+    pub fn compile(graph: &[u8], tensors: &mut FetchTensor<'_>, options: &CompileOptions) -> Result<Plan, ModelError> {
         Plan::compile_interruptible(graph, tensors, options, &mut || false)
     }
 
@@ -279,11 +276,7 @@ const OVERHEAD: u64 = 256 << 10;
 
 /// Runs `work` with panics contained. A panic inside tract is caused by the model or by an input, so its kind is
 /// the given one, not `Internal`.
-fn contain<T>(
-    step: &str,
-    kind: ErrorKind,
-    work: impl FnOnce() -> Result<T, ModelError>,
-) -> Result<T, ModelError> {
+fn contain<T>(step: &str, kind: ErrorKind, work: impl FnOnce() -> Result<T, ModelError>) -> Result<T, ModelError> {
     worker::contain_panic(step, || Ok(work())).unwrap_or_else(|mut error| {
         error.kind = kind;
         error.message = format!("{step} failed");

@@ -15,6 +15,7 @@ use super::rewrite::text;
 /// Puts the operators into tract's register, over tract's own where it has one.
 pub(super) fn register(framework: &mut tract_onnx::Onnx) {
     framework.op_register.insert("BitShift", bit_shift);
+    framework.op_register.insert("Cast", super::cast::onnx_cast);
     framework.op_register.insert("If", super::branch::branch);
     framework.op_register.insert("Scaler", scaler);
     framework.op_register.insert("ArrayFeatureExtractor", |_, _| Ok((expand(Extract), vec![])));
@@ -147,7 +148,10 @@ struct Scaler {
 
 fn scaler(_: &ParsingContext, node: &NodeProto) -> Built {
     let floats = |name: &str| {
-        node.attribute.iter().find(|attribute| attribute.name == name).map_or(vec![], |attribute| attribute.floats.clone())
+        node.attribute
+            .iter()
+            .find(|attribute| attribute.name == name)
+            .map_or(vec![], |attribute| attribute.floats.clone())
     };
     let (offset, scale) = (floats("offset"), floats("scale"));
     ensure!(!offset.is_empty() && !scale.is_empty(), "Scaler without offset or scale is not supported");

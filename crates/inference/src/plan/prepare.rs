@@ -42,9 +42,9 @@ pub(super) struct Prepared {
 /// # Errors
 /// `NotOnnx` for bytes that are no such protobuf or contain no graph.
 pub(crate) fn decode(graph: &[u8]) -> Result<ModelProto, ModelError> {
-    let model = tract_onnx::onnx().proto_model_for_read(&mut &graph[..]).map_err(|error| {
-        ModelError::not_onnx("the bytes are no ONNX model").detail(format!("{error:#}"))
-    })?;
+    let model = tract_onnx::onnx()
+        .proto_model_for_read(&mut &graph[..])
+        .map_err(|error| ModelError::not_onnx("the bytes are no ONNX model").detail(format!("{error:#}")))?;
     if model.graph.is_none() {
         return Err(ModelError::not_onnx("the bytes contain no ONNX graph"));
     }
@@ -66,11 +66,8 @@ pub(super) fn prepare_model(
     options: &CompileOptions,
 ) -> Result<Prepared, ModelError> {
     let signature = Signature::of_model(&model)?;
-    for (what, port) in signature
-        .inputs
-        .iter()
-        .map(|port| ("input", port))
-        .chain(signature.outputs.iter().map(|port| ("output", port)))
+    for (what, port) in
+        signature.inputs.iter().map(|port| ("input", port)).chain(signature.outputs.iter().map(|port| ("output", port)))
     {
         if let PortType::Fixed(dtype) = port.dtype
             && engine_of_dtype(dtype).is_none()
@@ -140,9 +137,9 @@ impl Store<'_, '_> {
     fn read(&mut self, tensor: &TensorProto) -> Result<(DType, Vec<usize>), ModelError> {
         let shape = shape_of(tensor)?;
         let dtype = DType::from_onnx(tensor.data_type).ok_or_else(|| unknown_type(tensor))?;
-        let wanted = element_count(&shape)
-            .and_then(|count| dtype.byte_len(count as u64))
-            .ok_or_else(|| ModelError::too_large(format!("tensor \"{}\" of shape {shape:?} is too large", tensor.name)))?;
+        let wanted = element_count(&shape).and_then(|count| dtype.byte_len(count as u64)).ok_or_else(|| {
+            ModelError::too_large(format!("tensor \"{}\" of shape {shape:?} is too large", tensor.name))
+        })?;
         self.buffer.clear();
         if tensor.data_location == Some(EXTERNAL) {
             let ordinal = ordinal_of(tensor)?;
@@ -153,11 +150,11 @@ impl Store<'_, '_> {
             typed_bytes(dtype, tensor, &mut self.buffer);
         }
         if self.buffer.len() as u64 != wanted {
-            return Err(ModelError::invalid_model(format!("tensor \"{}\" does not have the size of its shape", tensor.name))
-                .detail(format!(
-                    "It has {} bytes where {dtype} of shape {shape:?} takes {wanted}.",
-                    self.buffer.len()
-                )));
+            return Err(ModelError::invalid_model(format!(
+                "tensor \"{}\" does not have the size of its shape",
+                tensor.name
+            ))
+            .detail(format!("It has {} bytes where {dtype} of shape {shape:?} takes {wanted}.", self.buffer.len())));
         }
         self.weights += wanted;
         Ok((dtype, shape))
@@ -248,7 +245,8 @@ fn unknown_type(tensor: &TensorProto) -> ModelError {
 }
 
 fn ordinal_of(tensor: &TensorProto) -> Result<u32, ModelError> {
-    let entry = |key: &str| tensor.external_data.iter().find(|entry| entry.key == key).map(|entry| entry.value.as_str());
+    let entry =
+        |key: &str| tensor.external_data.iter().find(|entry| entry.key == key).map(|entry| entry.value.as_str());
     match (entry("location"), entry("offset").map(str::parse)) {
         (Some(LOCATION), Some(Ok(ordinal))) => Ok(ordinal),
         (location, _) => Err(ModelError::external_data_outside(format!(

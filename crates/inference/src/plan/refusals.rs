@@ -95,9 +95,11 @@ fn opsets(model: &ModelProto) -> Result<Opsets<'_>, ModelError> {
         if let Some(&version) = opsets.get(domain)
             && !(oldest..=newest).contains(&version)
         {
-            return Err(ModelError::unsupported_opset(format!("operator set {name} version {version} is not supported"))
-                .detail(format!("Versions {oldest} to {newest} are."))
-                .hint("Export the model again with another opset, or convert it with onnx.version_converter."));
+            return Err(ModelError::unsupported_opset(format!(
+                "operator set {name} version {version} is not supported"
+            ))
+            .detail(format!("Versions {oldest} to {newest} are."))
+            .hint("Export the model again with another opset, or convert it with onnx.version_converter."));
         }
     }
     if opsets.is_empty() {
@@ -238,7 +240,9 @@ fn ml_refusal(node: &NodeProto) -> Option<&'static str> {
     let as_tensor = |attribute: &tract_onnx::pb::AttributeProto| attribute.name.ends_with("_as_tensor");
     match node.op_type.as_str() {
         // tract reads the lists of floats only.
-        "TreeEnsembleClassifier" | "TreeEnsembleRegressor" if node.attribute.iter().any(as_tensor) => Some("with values as tensors"),
+        "TreeEnsembleClassifier" | "TreeEnsembleRegressor" if node.attribute.iter().any(as_tensor) => {
+            Some("with values as tensors")
+        }
         // tract divides by the largest absolute value; the largest value is meant.
         "Normalizer" if text(node, "norm") == Some("MAX") || text(node, "norm").is_none() => Some("with norm MAX"),
         // ONNX Runtime leaves a single score as it is, the text of ONNX does not.

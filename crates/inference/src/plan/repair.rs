@@ -3,13 +3,24 @@
 //! Responsible for: putting corrected operators in their places. [`rewrite`](super::rewrite) does what can be said
 //! with ONNX's own operators; here is what needs to know element types.
 
+use super::cast::ToDim;
+use tract_onnx::tract_core::ops::cast::Cast;
 use tract_onnx::tract_core::ops::nn::{Reduce, Reducer};
 use tract_onnx::tract_hir::internal::*;
 use tract_onnx::tract_hir::tract_ndarray::Axis;
 
 /// Replaces operators in place.
 pub(super) fn repair(model: &mut TypedModel) {
-    for node in &mut model.nodes {
+    for id in 0..model.nodes.len() {
+        let exact = model.nodes[id].op_as::<Cast>().and_then(|op| {
+            let from = model.outlet_fact(model.nodes[id].inputs[0]).ok()?.datum_type;
+            ToDim::instead_of(op, from)
+        });
+        let node = &mut model.nodes[id];
+        if let Some(exact) = exact {
+            node.op = Box::new(exact);
+            continue;
+        }
         if let Some(reduce) = node.op_as::<Reduce>()
             && matches!(reduce.reducer, Reducer::Max | Reducer::Min)
             && node.outputs.iter().all(|outlet| outlet.fact.datum_type.is_float())

@@ -59,6 +59,11 @@ fn rewrite_graph(graph: &mut GraphProto, names: &mut Names) {
             "Swish" if default_domain && float(&node, "alpha").is_some_and(|alpha| alpha != 1.0) => {
                 swish(node, names, &mut nodes);
             }
+            "ConstantOfShape" if default_domain && attribute(&node, "value").is_none() => {
+                // tract's default is a zero of float64.
+                node.attribute.push(value(1, &[1], 0f32.to_le_bytes().to_vec()));
+                nodes.push(node);
+            }
             _ => nodes.push(node),
         }
     }
@@ -101,15 +106,20 @@ fn node(op_type: &str, inputs: &[&str], output: String) -> NodeProto {
 }
 
 fn constant(names: &mut Names, data_type: i32, dims: &[i64], raw_data: Vec<u8>) -> NodeProto {
-    let value = TensorProto { dims: dims.to_vec(), data_type, raw_data, ..TensorProto::default() };
     let mut constant = node("Constant", &[], names.fresh("constant"));
-    constant.attribute.push(AttributeProto {
+    constant.attribute.push(value(data_type, dims, raw_data));
+    constant
+}
+
+/// An attribute "value" with this tensor.
+fn value(data_type: i32, dims: &[i64], raw_data: Vec<u8>) -> AttributeProto {
+    let value = TensorProto { dims: dims.to_vec(), data_type, raw_data, ..TensorProto::default() };
+    AttributeProto {
         name: "value".into(),
         r#type: AttributeType::Tensor as i32,
         t: Some(value),
         ..AttributeProto::default()
-    });
-    constant
+    }
 }
 
 /// tract runs a reverse recurrence forward. Here its input and its sequence output are turned around instead.

@@ -64,11 +64,7 @@ fn check_input<'a>(port: &'a Port, tensor: &HostTensor, bindings: &mut Bindings<
         return Ok(());
     }
     if tensor.shape.len() != port.shape.len() {
-        return Err(wrong(format!(
-            "input \"{name}\" has {} dimensions, not {}",
-            port.shape.len(),
-            tensor.shape.len()
-        )));
+        return Err(wrong(format!("input \"{name}\" has {} dimensions, not {}", port.shape.len(), tensor.shape.len())));
     }
     for (axis, (&size, dim)) in tensor.shape.iter().zip(&port.shape).enumerate() {
         match dim {
@@ -78,10 +74,8 @@ fn check_input<'a>(port: &'a Port, tensor: &HostTensor, bindings: &mut Bindings<
             Dim::Symbol(symbol) => {
                 let bound = *bindings.entry(symbol).or_insert(size);
                 if bound != size {
-                    return Err(wrong(format!(
-                        "dimension {axis} of input \"{name}\" must be {bound}, not {size}"
-                    ))
-                    .hint(format!("The dimension \"{symbol}\" has one size for all inputs of a run.")));
+                    return Err(wrong(format!("dimension {axis} of input \"{name}\" must be {bound}, not {size}"))
+                        .hint(format!("The dimension \"{symbol}\" has one size for all inputs of a run.")));
                 }
             }
             _ => {}
@@ -125,11 +119,12 @@ pub(super) fn run(
         (Err(error), None) => return Err(failed(&error)),
         (Ok(outputs), None) => outputs,
     };
+    let sizes = runnable.symbols(shapes);
     outputs
         .iter()
         .zip(&signature.outputs)
         .map(|(value, port)| {
-            let tensor = HostTensor::from_engine(value)?;
+            let tensor = HostTensor::from_engine(value, &sizes)?;
             if tensor.dtype != port.dtype {
                 return Err(ModelError::invalid_model(format!(
                     "output \"{}\" is declared as {} but computed as {}",

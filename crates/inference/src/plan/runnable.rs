@@ -58,12 +58,7 @@ pub(super) fn beyond_limit(node: &str, bytes: Option<u64>, limit: u64) -> ModelE
 }
 
 impl Runnable {
-    pub fn new(
-        model: TypedModel,
-        names: Names,
-        bound: Vec<usize>,
-        options: &CompileOptions,
-    ) -> TractResult<Runnable> {
+    pub fn new(model: TypedModel, names: Names, bound: Vec<usize>, options: &CompileOptions) -> TractResult<Runnable> {
         let plan = TypedSimplePlan::new(model)?;
         let model = plan.model();
         let order = plan.order_without_consts();
@@ -100,7 +95,7 @@ impl Runnable {
     }
 
     /// Sizes of the free dimensions.
-    fn symbols(&self, shapes: &Shapes) -> SymbolValues {
+    pub fn symbols(&self, shapes: &Shapes) -> SymbolValues {
         let mut values = SymbolValues::default();
         for (symbols, shape) in self.names.inputs.iter().zip(shapes) {
             for (symbol, &size) in symbols.iter().zip(shape) {
@@ -204,6 +199,13 @@ pub(super) fn check_dynamic(
         let value = Value { shape, item_bytes: outlet.fact.datum_type.size_of() as u64, last_use: 0 };
         let mut bytes = value_bytes(&value, symbols);
         match (&*node.op.name(), slot) {
+            ("Range", 0) if runs_backwards(inputs) => {
+                return Err(ModelError::invalid_input(format!(
+                    "node \"{}\" makes a range without elements",
+                    node.name
+                ))
+                .hint("Give larger inputs."));
+            }
             ("Range", 0) => bytes = range_length(inputs).and_then(|length| length.checked_mul(value.item_bytes)),
             ("DynTile", 0) => bytes = tiled(inputs).and_then(|count| count.checked_mul(value.item_bytes)),
             _ => {}
@@ -213,6 +215,16 @@ pub(super) fn check_dynamic(
         }
     }
     Ok(())
+}
+
+/// True when end lies behind start: the range has no elements, but tract gives it some if a shape is involved.
+fn runs_backwards(inputs: &[TValue]) -> bool {
+    let number = |input: usize| inputs.get(input).and_then(|value| value.cast_to_scalar::<f64>().ok());
+    let dimensions = inputs.first().is_some_and(|value| value.datum_type() == DatumType::TDim);
+    match (number(0), number(1), number(2)) {
+        (Some(start), Some(end), Some(step)) => dimensions && (end - start) * step < 0.0,
+        _ => false,
+    }
 }
 
 fn range_length(inputs: &[TValue]) -> Option<u64> {

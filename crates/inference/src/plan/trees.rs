@@ -108,8 +108,13 @@ impl Forest {
             }
             let mut follow = |id: i64| -> TractResult<usize> {
                 let found = places.get(&(trees[place], id)).copied();
-                let found = found.with_context(|| format!("node {} of tree {} has no child {id}", ids[place], trees[place]))?;
-                ensure!(!std::mem::replace(&mut child[found], true), "node {id} of tree {} has two parents", trees[place]);
+                let found =
+                    found.with_context(|| format!("node {} of tree {} has no child {id}", ids[place], trees[place]))?;
+                ensure!(
+                    !std::mem::replace(&mut child[found], true),
+                    "node {id} of tree {} has two parents",
+                    trees[place]
+                );
                 Ok(found)
             };
             let (when_true, when_false) = match mode {
@@ -333,7 +338,8 @@ impl RowModel for Classifier {
         match self.classes {
             Classes::Many => {
                 scores.iter_mut().zip(&self.base).for_each(|(score, base)| *score += base);
-                let among = scores.iter().zip(&voted).map(|(score, voted)| if *voted { *score } else { f32::NEG_INFINITY });
+                let among =
+                    scores.iter().zip(&voted).map(|(score, voted)| if *voted { *score } else { f32::NEG_INFINITY });
                 let chosen = largest(&among.collect::<Vec<f32>>());
                 self.post.apply(scores);
                 chosen

@@ -7,8 +7,7 @@ fn one(graph: GraphProto, inputs: &[(&str, HostTensor)]) -> HostTensor {
 }
 
 fn unary(operator: NodeProto, input: &[f32]) -> Vec<f32> {
-    let graph =
-        graph(vec![info("x", FLOAT, &[N("n")])], vec![info("y", FLOAT, &[N("n")])], vec![operator], vec![]);
+    let graph = graph(vec![info("x", FLOAT, &[N("n")])], vec![info("y", FLOAT, &[N("n")])], vec![operator], vec![]);
     one(graph, &[("x", f32s(&[input.len()], input))]).to_f32().unwrap()
 }
 
@@ -56,7 +55,8 @@ fn the_largest_of_infinities_is_infinite() {
 fn a_reverse_recurrence_runs_backwards() {
     // h = tanh(x + h / 2), one unit.
     let rnn = |direction: &str| {
-        let recurrence = node("RNN", &["x", "w", "r"], &["y", "last"]).int("hidden_size", 1).text("direction", direction);
+        let recurrence =
+            node("RNN", &["x", "w", "r"], &["y", "last"]).int("hidden_size", 1).text("direction", direction);
         let graph = graph(
             vec![info("x", FLOAT, &[S(3), S(1), S(1)])],
             vec![info("y", FLOAT, &[S(3), S(1), S(1), S(1)]), info("last", FLOAT, &[S(1), S(1), S(1)])],
@@ -201,4 +201,40 @@ fn large_integers_stay_whole() {
     let outputs = run(&compile(graph).unwrap(), &[("x", i64s(&[5], &values))]).unwrap();
     assert_eq!(outputs[0].1, i64s(&[5], &values));
     assert_eq!(outputs[1].1, i64s(&[5], &values));
+}
+
+#[test]
+fn casts_to_int64_are_whole() {
+    let graph = graph(
+        vec![info("x", 11, &[N("n")])],
+        vec![info("y", INT64, &[N("n")])],
+        vec![node("Cast", &["x"], &["y"]).int("to", 7)],
+        vec![],
+    );
+    let raw = [3e9f64, -5e12, 1.9].iter().flat_map(|value| value.to_le_bytes()).collect();
+    let input = HostTensor::new(DType::Float64.into(), vec![3], TensorData::Raw(raw)).unwrap();
+    assert_eq!(one(graph, &[("x", input)]), i64s(&[3], &[3_000_000_000, -5_000_000_000_000, 1]));
+}
+
+#[test]
+fn large_integers_meet_shapes() {
+    // x + number of rows.
+    let graph = graph(
+        vec![info("x", INT64, &[N("n")])],
+        vec![info("y", INT64, &[N("n")])],
+        vec![node("Size", &["x"], &["rows"]), node("Add", &["x", "rows"], &["y"])],
+        vec![],
+    );
+    assert_eq!(one(graph, &[("x", i64s(&[2], &[1 << 40, -1]))]), i64s(&[2], &[(1 << 40) + 2, 1]));
+}
+
+#[test]
+fn a_constant_of_shape_is_float32() {
+    let graph = graph(
+        vec![info("x", FLOAT, &[N("n")])],
+        vec![info("y", FLOAT, &[N("n")])],
+        vec![node("Shape", &["x"], &["s"]), node("ConstantOfShape", &["s"], &["y"])],
+        vec![],
+    );
+    assert_eq!(one(graph, &[("x", f32s(&[3], &[1.; 3]))]), f32s(&[3], &[0.; 3]));
 }
