@@ -49,6 +49,8 @@ def plain(value):
         return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, float) and value == 0 and math.copysign(1, value) < 0:
+        return "-0"  # jsonb's numbers have no negative zero
     if isinstance(value, bytes):
         return value.decode()
     return value

@@ -78,8 +78,11 @@ BAD_MODELS = {
 
 @pytest.mark.parametrize("kind", BAD_MODELS)
 def test_bad_models(conn, kind):
-    fails(conn, LOAD, (BAD_MODELS[kind](),))
-    assert conn.execute("SELECT count(*) FROM tessera.models WHERE name = 'bad'").fetchone()[0] == 0
+    try:
+        fails(conn, LOAD, (BAD_MODELS[kind](),))
+        assert conn.execute("SELECT count(*) FROM tessera.models WHERE name = 'bad'").fetchone()[0] == 0
+    finally:
+        conn.execute("SELECT drop_model(name) FROM (SELECT DISTINCT name FROM tessera.models WHERE name = 'bad') AS loaded")
 
 
 def test_unsupported_operator(conn):

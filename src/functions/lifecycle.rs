@@ -36,8 +36,8 @@ fn on_sql_drop(call: &Call) -> pg_sys::Datum {
     if crate::pg::scan::relation_oid(c"tessera", c"weight").is_some() {
         let dropped_domain = crate::pg::identity::as_extension_owner(|_| {
             Spi::get_one::<bool>(
-                "SELECT EXISTS (SELECT FROM pg_event_trigger_dropped_objects()
-                                WHERE object_type IN ('type', 'domain') AND schema_name = 'tessera_model')",
+                "SELECT EXISTS (SELECT FROM pg_event_trigger_dropped_objects() d JOIN tessera.model m ON m.domain::oid = d.objid
+                                WHERE d.classid = 'pg_type'::regclass)",
             )
         });
         if dropped_domain == Ok(Some(true)) {

@@ -217,7 +217,9 @@ mod tests {
         )
         .expect("grant");
         assert_eq!(one::<Vec<f32>>("SELECT predict('m', '{1}')"), [2.0]);
-        Spi::run("RESET ROLE; DROP DOMAIN tessera_model.m").expect("drop");
+        // A domain that was moved and renamed still carries its model.
+        Spi::run("RESET ROLE; ALTER DOMAIN tessera_model.m SET SCHEMA public; ALTER DOMAIN public.m RENAME TO moved; DROP DOMAIN public.moved")
+            .expect("drop");
         assert_eq!(one::<i64>("SELECT count(*) FROM tessera.model"), 0);
     }
 

@@ -1,8 +1,8 @@
 //! Tensors as JSON: nested arrays in the tensor's shape.
 //!
 //! Responsible for: both directions between a JSON value and a tensor of a port's type. Numbers stand for numbers,
-//! true and false for bools, strings for strings, and the strings "NaN", "Infinity" and "-Infinity" for what JSON's
-//! numbers lack. A scalar is the bare value.
+//! true and false for bools, strings for strings, and the strings "NaN", "Infinity", "-Infinity" and (inwards) "-0" for what
+//! JSON's numbers, or jsonb's, lack. A scalar is the bare value.
 //!
 //! Invariants:
 //! - nothing is converted silently: a ragged array, a wrong rank, a fraction where an integer belongs, a null or a
@@ -209,6 +209,8 @@ fn special(text: &str) -> Option<f64> {
         "NaN" => Some(f64::NAN),
         "Infinity" => Some(f64::INFINITY),
         "-Infinity" => Some(f64::NEG_INFINITY),
+        // jsonb keeps numbers as numeric, which has no negative zero.
+        "-0" => Some(-0.0),
         _ => None,
     }
 }
@@ -375,7 +377,7 @@ mod tests {
 
     #[test]
     fn floats_keep_their_bits_and_their_digits() {
-        let value = json!([0.1, "NaN", "Infinity", "-Infinity", -0.0, 1.0e-45, 3.4028235e38]);
+        let value = json!([0.1, "NaN", "Infinity", "-Infinity", "-0", 1.0e-45, 3.4028235e38]);
         let tensor = tensor_from_json(&port(DType::Float32, 1), &value).unwrap();
         let floats = tensor.to_f32().unwrap();
         assert!(floats[1].is_nan() && floats[4].is_sign_negative());

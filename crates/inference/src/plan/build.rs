@@ -214,9 +214,12 @@ fn probe(
             }
         }
     }
-    // The same complaint whatever the shapes is about the graph.
+    // The same complaint whatever the shapes is about the graph, and so is any complaint where only the number of rows is
+    // free: no other size is left that could do.
+    let only_rows_free =
+        signature.inputs.iter().all(|port| port.shape.iter().skip(1).all(|dim| matches!(dim, Dim::Fixed(_))));
     let first = errors.swap_remove(0);
-    if errors.iter().all(|error| *error == first) { Err(first) } else { Ok(Some(first)) }
+    if only_rows_free || errors.iter().all(|error| *error == first) { Err(first) } else { Ok(Some(first)) }
 }
 
 /// Parses the graph and gives it its tensors.

@@ -21,6 +21,7 @@ mod names;
 mod ops;
 mod prepare;
 mod quantize;
+mod reduce;
 pub mod refusals;
 mod repair;
 mod rewrite;
@@ -170,7 +171,7 @@ impl Plan {
         })
     }
 
-    /// True when a run with these inputs may keep the calling thread in one step for longer than about 20 ms, or
+    /// True when a run with these inputs may keep the calling thread for longer than about 20 ms, or
     /// when it has to compile first. Such a run belongs on the compute thread; others are quicker in place.
     pub fn is_heavy(&self, inputs: &[(String, HostTensor)]) -> bool {
         let mut ordered = Vec::with_capacity(inputs.len());

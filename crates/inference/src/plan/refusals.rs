@@ -148,10 +148,54 @@ fn check_node(node: &NodeProto, opsets: &Opsets<'_>) -> Result<(), ModelError> {
             domain_name(domain)
         )));
     };
+    check_attributes(node)?;
     match refusal(domain, node, version) {
         Some(reason) => Err(unsupported(node, Some(version), Some(reason))),
         None => Ok(()),
     }
+}
+
+/// No count or window in an attribute exceeds this.
+const LARGEST_ATTRIBUTE: i64 = 1 << 20;
+
+/// No window has more places than this: tract lists them all.
+const LARGEST_WINDOW: i64 = 1 << 22;
+
+/// Refuses attributes by which tract would allocate while it reads the graph.
+fn check_attributes(node: &NodeProto) -> Result<(), ModelError> {
+    let absurd = |name: &str, values: &dyn std::fmt::Debug| {
+        ModelError::too_large(format!("attribute {name} of operator {} is out of range", node.op_type))
+            .detail(format!("It is {values:?}."))
+    };
+    for attribute in &node.attribute {
+        let name = attribute.name.as_str();
+        match name {
+            "group" | "num_groups" | "num_heads" | "num_outputs" | "blocksize" | "hidden_size" | "p" | "n_targets"
+            | "targets"
+                if !(0..=LARGEST_ATTRIBUTE).contains(&attribute.i) =>
+            {
+                return Err(absurd(name, &attribute.i));
+            }
+            "num_scan_inputs" if !(0..=node.input.len() as i64).contains(&attribute.i) => {
+                return Err(absurd(name, &attribute.i));
+            }
+            "kernel_shape" | "strides" | "dilations" | "output_padding" | "output_shape" | "axes" | "perm"
+            | "scan_input_axes" | "scan_output_axes" => {
+                let fits = |value: &i64| value.unsigned_abs() <= LARGEST_ATTRIBUTE as u64;
+                let window = attribute.ints.iter().try_fold(1i64, |product, value| product.checked_mul(*value));
+                if !attribute.ints.iter().all(fits)
+                    || (name == "kernel_shape" && window.is_none_or(|window| !(0..=LARGEST_WINDOW).contains(&window)))
+                {
+                    return Err(absurd(name, &attribute.ints));
+                }
+            }
+            "pads" if attribute.ints.iter().any(|value| value.unsigned_abs() > i32::MAX as u64) => {
+                return Err(absurd(name, &attribute.ints));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// The error for an operator that is supported, but not in the way that this model uses it; `text` says more.

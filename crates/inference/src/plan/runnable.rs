@@ -14,8 +14,8 @@ const HEAVY_NANOSECONDS: u64 = 10_000_000;
 /// A run's demands.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Demand {
-    /// Nanoseconds of the slowest operator, roughly.
-    pub slowest: u64,
+    /// Nanoseconds of the run, roughly.
+    pub nanoseconds: u64,
 }
 
 /// One value that a step makes.
@@ -124,7 +124,7 @@ impl Runnable {
 
     fn measure(&self, symbols: &SymbolValues) -> Result<Demand, ModelError> {
         let mut dropped = vec![0u64; self.steps.len()];
-        let (mut alive, mut slowest) = (0u64, 0u64);
+        let (mut alive, mut nanoseconds) = (0u64, 0u64);
         for (step, item) in self.steps.iter().enumerate() {
             let mut made = 0u64;
             for value in &item.values {
@@ -144,21 +144,20 @@ impl Runnable {
             alive -= dropped[step];
             // 10 ns for 4 bytes of output (a slow function such as erf), half a nanosecond for a multiply-add.
             let work = item.work.iter().filter_map(|count| u64::try_from(count.eval(symbols).to_i64().ok()?).ok());
-            slowest = slowest.max((made / 4).saturating_mul(10)).max(work.fold(0, u64::saturating_add) / 2);
-            if item.dynamic {
-                slowest = slowest.max(HEAVY_NANOSECONDS + 1);
-            }
+            let step = (made / 4).saturating_mul(10).max(work.fold(0, u64::saturating_add) / 2);
+            let step = if item.dynamic { step.max(HEAVY_NANOSECONDS + 1) } else { step };
+            nanoseconds = nanoseconds.saturating_add(step);
         }
-        Ok(Demand { slowest })
+        Ok(Demand { nanoseconds })
     }
 
     fn beyond(&self, step: &Step, bytes: Option<u64>) -> ModelError {
         beyond_limit(&self.plan.model().nodes[step.node].name, bytes, self.limit)
     }
 
-    /// True when one operator of a run with these shapes may take longer than about 20 ms.
+    /// True when a run with these shapes may take longer than about 20 ms.
     pub fn is_heavy(&self, shapes: &Shapes) -> bool {
-        self.demand(shapes).is_ok_and(|demand| demand.slowest > HEAVY_NANOSECONDS)
+        self.demand(shapes).is_ok_and(|demand| demand.nanoseconds > HEAVY_NANOSECONDS)
     }
 
     /// Multiply-adds of a run in which every free dimension has this size.

@@ -52,6 +52,31 @@ fn the_largest_of_infinities_is_infinite() {
 }
 
 #[test]
+fn a_logarithm_of_softmax_does_not_underflow() {
+    let graph = graph(
+        vec![info("x", FLOAT, &[N("n"), S(2), S(2)])],
+        vec![info("y", FLOAT, &[N("n"), S(2), S(2)])],
+        vec![node("LogSoftmax", &["x"], &["y"]).int("axis", 1)],
+        vec![],
+    );
+    let output = one(graph, &[("x", f32s(&[1, 2, 2], &[0., 1., -1000., 1.]))]);
+    let half = -2.0f32.ln();
+    near(&output.to_f32().unwrap(), &[0., half, -1000., half]);
+}
+
+#[test]
+fn constants_are_folded_right() {
+    // Nothing depends on the input: tract computes it all while it compiles.
+    let graph = graph(
+        vec![info("x", FLOAT, &[N("n")])],
+        vec![info("y", FLOAT, &[S(1)])],
+        vec![node("ReduceMax", &["low"], &["y"]).ints("axes", &[0])],
+        vec![floats("low", &[2], &[f32::NEG_INFINITY; 2])],
+    );
+    assert_eq!(one(graph, &[("x", f32s(&[1], &[1.]))]), f32s(&[1], &[f32::NEG_INFINITY]));
+}
+
+#[test]
 fn a_reverse_recurrence_runs_backwards() {
     // h = tanh(x + h / 2), one unit.
     let rnn = |direction: &str| {
