@@ -17,6 +17,7 @@ mod build;
 mod cast;
 mod classical;
 mod legacy;
+mod modulo;
 mod names;
 mod ops;
 mod prepare;

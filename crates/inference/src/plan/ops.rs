@@ -22,6 +22,7 @@ pub(super) fn register(framework: &mut tract_onnx::Onnx) {
     super::quantize::register(framework);
     super::classical::register(framework);
     super::reduce::register(framework);
+    super::modulo::register(framework);
 }
 
 type Built = TractResult<(Box<dyn InferenceOp>, Vec<String>)>;
@@ -118,7 +119,7 @@ impl EvalOp for BitShift {
 }
 
 /// Combines two arrays of the same broadcast shape.
-fn broadcast_with<T: Datum + Copy>(
+pub(super) fn broadcast_with<T: Datum + Copy>(
     left: &ArrayViewD<T>,
     right: &ArrayViewD<T>,
     shape: &[usize],
