@@ -1,6 +1,7 @@
 """kill -9 of the server at a random moment of a load: after recovery each model is wholly there and right, or not there."""
 
 import math
+import os
 import random
 import sys
 import time
@@ -14,7 +15,7 @@ import generate
 from cluster import Cluster
 from helpers import Background, assert_close, predict_rows, storage
 
-ROUNDS = 20
+ROUNDS = 100 if os.environ.get("TESSERA_FULL") else 20
 SIZES = [1024, 1024, 1024, 1024, 1024, 256]
 
 
