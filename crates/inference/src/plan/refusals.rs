@@ -158,6 +158,9 @@ fn check_node(node: &NodeProto, opsets: &Opsets<'_>) -> Result<(), ModelError> {
 /// No count or window in an attribute exceeds this.
 const LARGEST_ATTRIBUTE: i64 = 1 << 20;
 
+/// No tensor has more dimensions: tract adds them one by one.
+const LARGEST_RANK: i64 = 64;
+
 /// No window has more places than this: tract lists them all.
 const LARGEST_WINDOW: i64 = 1 << 22;
 
@@ -179,8 +182,19 @@ fn check_attributes(node: &NodeProto) -> Result<(), ModelError> {
             "num_scan_inputs" if !(0..=node.input.len() as i64).contains(&attribute.i) => {
                 return Err(absurd(name, &attribute.i));
             }
-            "kernel_shape" | "strides" | "dilations" | "output_padding" | "output_shape" | "axes" | "perm"
-            | "scan_input_axes" | "scan_output_axes" => {
+            // tract looks for the way to a permutation, whether there is one or not.
+            "perm" => {
+                let mut sorted = attribute.ints.clone();
+                sorted.sort_unstable();
+                if sorted.iter().zip(0..).any(|(axis, place)| *axis != place) {
+                    return Err(ModelError::invalid_model(format!(
+                        "attribute perm of operator {} is no permutation",
+                        node.op_type
+                    ))
+                    .detail(format!("It is {:?}.", attribute.ints)));
+                }
+            }
+            "kernel_shape" | "strides" | "dilations" | "output_padding" | "output_shape" => {
                 let fits = |value: &i64| value.unsigned_abs() <= LARGEST_ATTRIBUTE as u64;
                 let window = attribute.ints.iter().try_fold(1i64, |product, value| product.checked_mul(*value));
                 if !attribute.ints.iter().all(fits)

@@ -6,6 +6,7 @@ use super::names::Names;
 use super::{CompileOptions, Shapes};
 use crate::error::ModelError;
 use std::sync::{Arc, Mutex, PoisonError};
+use tract_onnx::tract_core::ops::array::Topk;
 use tract_onnx::tract_hir::internal::*;
 
 /// An operator with more than this many estimated nanoseconds makes a run heavy: half of what a caller may wait.
@@ -80,6 +81,7 @@ impl Runnable {
                 let last_use = if kept { usize::MAX } else { used.max().unwrap_or(step) };
                 values.push(Value { shape, item_bytes: outlet.fact.datum_type.size_of() as u64, last_use });
             }
+            dynamic[id] |= node.op_is::<Topk>();
             let facts = model.node_input_facts(id)?;
             let work = node
                 .op
@@ -193,6 +195,17 @@ pub(super) fn check_dynamic(
     symbols: &SymbolValues,
     limit: u64,
 ) -> Result<(), ModelError> {
+    if let (Some(top), [values, count]) = (node.op_as::<Topk>(), inputs) {
+        let most = values.shape().get(top.axis).copied().unwrap_or(0);
+        // tract makes room for as many as are asked for.
+        if !count.cast_to_scalar::<i64>().is_ok_and(|count| usize::try_from(count).is_ok_and(|count| count <= most)) {
+            return Err(ModelError::invalid_input(format!(
+                "node \"{}\" takes more values than the {most} there are",
+                node.name
+            ))
+            .hint("Give larger inputs, or ask for fewer values."));
+        }
+    }
     for (slot, outlet) in node.outputs.iter().enumerate() {
         let shape: TVec<TDim> = outlet.fact.shape.iter().cloned().collect();
         let value = Value { shape, item_bytes: outlet.fact.datum_type.size_of() as u64, last_use: 0 };
