@@ -1,3 +1,14 @@
+//! ONNX models without PostgreSQL: split into a graph and tensors, compiled to plans, run.
+//!
+//! - [`onnx`]: the file format at the wire level, [`onnx::strip`] and [`onnx::merge`];
+//! - [`plan`]: a stored graph and its tensors compiled by tract, and run;
+//! - [`worker`]: the thread on which long work runs while its caller stays interruptible;
+//! - [`json`] and [`array`]: tensors from and to what SQL has;
+//! - [`signature`], [`tensor`], [`error`]: the words they share.
+//!
+//! Invariants: no panic, abort or file access whatever a model or an input contains; errors carry a kind, a message, a
+//! detail and a hint; nothing here calls PostgreSQL.
+
 pub mod array;
 pub mod error;
 pub mod json;

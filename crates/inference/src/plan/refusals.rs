@@ -179,6 +179,14 @@ fn check_attributes(node: &NodeProto) -> Result<(), ModelError> {
             {
                 return Err(absurd(name, &attribute.i));
             }
+            "axis" | "batch_dims" if !(-LARGEST_RANK..=LARGEST_RANK).contains(&attribute.i) => {
+                return Err(absurd(name, &attribute.i));
+            }
+            "axes" | "scan_input_axes" | "scan_output_axes"
+                if attribute.ints.iter().any(|axis| !(-LARGEST_RANK..=LARGEST_RANK).contains(axis)) =>
+            {
+                return Err(absurd(name, &attribute.ints));
+            }
             "num_scan_inputs" if !(0..=node.input.len() as i64).contains(&attribute.i) => {
                 return Err(absurd(name, &attribute.i));
             }

@@ -207,3 +207,57 @@ fn a_deep_graph_does_not_exhaust_the_stack() {
     let plan = compile(through(nodes, vec![])).unwrap();
     assert_eq!(run(&plan, &[("x", f32s(&[2], &[-1., 2.]))]).unwrap()[0].1.to_f32().unwrap(), [-1., -2.]);
 }
+
+#[test]
+fn absurd_attributes_are_refused_before_they_are_used() {
+    let huge = 1i64 << 40;
+    for node in [
+        node("Transpose", &["x"], &["y"]).ints("perm", &[1, 1]),
+        node("LayerNormalization", &["x", "x"], &["y"]).int("axis", huge),
+        node("ReduceSum", &["x"], &["y"]).ints("axes", &[huge]),
+        node("MaxPool", &["x"], &["y"]).ints("kernel_shape", &[huge, 1]),
+        node("AveragePool", &["x"], &["y"]).ints("kernel_shape", &[1 << 20, 1 << 20]),
+        node("Conv", &["x", "x"], &["y"]).int("group", huge),
+        node("Scan", &["x"], &["y"]).int("num_scan_inputs", huge),
+    ] {
+        let kind = refusals::check(&model(through(vec![node.clone()], vec![]))).unwrap_err().kind;
+        assert!(matches!(kind, TooLarge | InvalidModel), "{node:?}");
+    }
+}
+
+#[test]
+fn more_than_there_are_cannot_be_taken() {
+    let plan = compile(graph(
+        vec![info("x", FLOAT, &[N("n")]), info("k", INT64, &[S(1)])],
+        vec![info("v", FLOAT, &[N("m")]), info("i", INT64, &[N("m")])],
+        vec![node("TopK", &["x", "k"], &["v", "i"])],
+        vec![],
+    ))
+    .unwrap();
+    let top = |count: i64| run(&plan, &[("x", f32s(&[3], &[1., 3., 2.])), ("k", i64s(&[1], &[count]))]);
+    assert_eq!(top(2).unwrap()[0].1.to_f32().unwrap(), [3., 2.]);
+    for count in [4, i64::from(i32::MAX), i64::MAX, -1] {
+        assert!(top(count).is_err(), "{count}");
+    }
+}
+
+#[test]
+fn failing_leaves_nothing_behind() {
+    let resident = || {
+        let status = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+        status.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).unwrap_or(0) * 4096
+    };
+    let plan = compile(product()).unwrap();
+    let fail = |times: usize| {
+        for _ in 0..times {
+            assert!(run(&plan, &[("x", f32s(&[1, 3], &[0.; 3]))]).is_err());
+            assert!(compile(through(vec![node("Add", &["x"], &["y"])], vec![])).is_err());
+            assert!(compile(through(vec![node("Det", &["x"], &["y"])], vec![])).is_err());
+        }
+    };
+    fail(50);
+    let before = resident();
+    fail(400);
+    let grown = resident().saturating_sub(before);
+    assert!(grown < 16 << 20, "{grown} bytes more after 400 failures");
+}
