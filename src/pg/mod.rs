@@ -19,5 +19,6 @@ pub mod scan;
 pub mod snapshot;
 pub mod toast_index;
 pub mod tuple;
+pub mod vacuum;
 pub mod varlena;
 pub mod wal;

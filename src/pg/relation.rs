@@ -20,6 +20,13 @@ impl OpenRelation {
         OpenRelation { rel, close: pg_sys::table_close }
     }
 
+    /// Opens a table on which a lock is held already; `None` if it is gone.
+    pub fn try_table(oid: pg_sys::Oid) -> Option<OpenRelation> {
+        // SAFETY: as above.
+        let rel = unsafe { pg_sys::try_table_open(oid, pg_sys::NoLock as pg_sys::LOCKMODE) };
+        (!rel.is_null()).then_some(OpenRelation { rel, close: pg_sys::table_close })
+    }
+
     /// Opens an index with `lockmode`.
     pub fn index(oid: pg_sys::Oid, lockmode: u32) -> OpenRelation {
         // SAFETY: as above.
@@ -101,4 +108,97 @@ impl Drop for PageLock {
             unsafe { pg_sys::UnlockPage(self.rel, self.number, pg_sys::ExclusiveLock as pg_sys::LOCKMODE) }
         }
     }
+}
+
+/// Counts one insertion into `rel` in the statistics, from which autovacuum judges.
+pub fn count_insertion(rel: pg_sys::Relation) {
+    // SAFETY: open relation, in a transaction.
+    unsafe { pg_sys::pgstat_count_heap_insert(rel, 1) }
+}
+
+/// Counts `n` deletions.
+pub fn count_deletions(rel: pg_sys::Relation, n: u64) {
+    // SAFETY: open relation, in a transaction.
+    (0..n).for_each(|_| unsafe { pg_sys::pgstat_count_heap_delete(rel) });
+}
+
+/// An exclusive lock on a whole relation, got without waiting.
+pub struct TruncateLock(pg_sys::Relation);
+
+impl TruncateLock {
+    /// `None` if somebody else uses the relation for as long as heap's vacuum would be patient about it.
+    pub fn try_acquire(rel: pg_sys::Relation) -> Option<TruncateLock> {
+        for attempt in 0..20 {
+            if attempt > 0 {
+                super::interrupt::check();
+                std::thread::sleep(std::time::Duration::from_millis(50));
+            }
+            // SAFETY: open relation.
+            if unsafe { pg_sys::ConditionalLockRelation(rel, pg_sys::AccessExclusiveLock as pg_sys::LOCKMODE) } {
+                return Some(TruncateLock(rel));
+            }
+        }
+        None
+    }
+}
+
+impl Drop for TruncateLock {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            // SAFETY: taken by this guard.
+            unsafe { pg_sys::UnlockRelation(self.0, pg_sys::AccessExclusiveLock as pg_sys::LOCKMODE) }
+        }
+    }
+}
+
+/// Cuts the file to `pages`, logged. The caller holds a [`TruncateLock`].
+pub fn truncate(rel: pg_sys::Relation, pages: pg_sys::BlockNumber) {
+    // SAFETY: open relation, locked.
+    unsafe { pg_sys::RelationTruncate(rel, pages) }
+}
+
+/// A row of pg_depend (pg_depend.h), which has no binding; the layout has not changed since PostgreSQL 7.3.
+#[repr(C)]
+struct Dependency {
+    classid: pg_sys::Oid,
+    objid: pg_sys::Oid,
+    objsubid: i32,
+    refclassid: pg_sys::Oid,
+    refobjid: pg_sys::Oid,
+    refobjsubid: i32,
+    deptype: u8,
+}
+/// `DependRelationId` and `DependDependerIndexId` (pg_depend.h).
+const PG_DEPEND: u32 = 2608;
+const PG_DEPEND_DEPENDER_INDEX: u32 = 2673;
+
+/// The table whose TOAST relation `store` is: the one that it depends on.
+pub fn owner_of(store: pg_sys::Oid) -> Option<pg_sys::Oid> {
+    let depend = OpenRelation::table(pg_sys::Oid::from(PG_DEPEND), pg_sys::AccessShareLock);
+    let mut owner = None;
+    // SAFETY: a scan of pg_depend by its index on the dependent object; the keys live until it ends.
+    unsafe {
+        let mut keys = [pg_sys::ScanKeyData::default(); 2];
+        let equal = pg_sys::BTEqualStrategyNumber as pg_sys::StrategyNumber;
+        for (key, (column, value)) in keys.iter_mut().zip([
+            (1, pg_sys::RelationRelationId), // classid
+            (2, store),                      // objid
+        ]) {
+            pg_sys::ScanKeyInit(key, column, equal, pg_sys::F_OIDEQ.into(), pg_sys::Datum::from(value));
+        }
+        let index = pg_sys::Oid::from(PG_DEPEND_DEPENDER_INDEX);
+        let scan = pg_sys::systable_beginscan(depend.raw(), index, true, std::ptr::null_mut(), 2, keys.as_mut_ptr());
+        loop {
+            let tuple = pg_sys::systable_getnext(scan);
+            if tuple.is_null() {
+                break;
+            }
+            let row = &*pg_sys::heap_tuple_get_struct::<Dependency>(tuple);
+            if row.refclassid == pg_sys::RelationRelationId && row.deptype == b'i' {
+                owner = Some(row.refobjid);
+            }
+        }
+        pg_sys::systable_endscan(scan);
+    }
+    owner
 }

@@ -97,4 +97,58 @@ impl ToastIndexes {
             }
         }
     }
+
+    /// Removes the entries whose TIDs `gone` says yes to, from every index.
+    pub fn delete(&self, gone: impl Fn(pg_sys::ItemPointerData) -> bool) {
+        for index in &self.indexes {
+            // SAFETY: index and store are open and locked. The callback gets the state that is passed beside it.
+            unsafe {
+                let mut info = pg_sys::IndexVacuumInfo { index: index.raw(), ..Default::default() };
+                #[cfg(not(any(feature = "pg14", feature = "pg15")))]
+                {
+                    info.heaprel = self.store;
+                }
+                info.estimated_count = true;
+                info.message_level = pgrx::PgLogLevel::DEBUG2 as i32;
+                info.num_heap_tuples = f64::from((*(*self.store).rd_rel).reltuples.max(0.0));
+                let mut state: &dyn Fn(pg_sys::ItemPointerData) -> bool = &gone;
+                let state = (&raw mut state).cast();
+                let stats = pg_sys::index_bulk_delete(&mut info, std::ptr::null_mut(), Some(is_gone), state);
+                let stats = pg_sys::index_vacuum_cleanup(&mut info, stats);
+                if !stats.is_null() {
+                    pg_sys::pfree(stats.cast());
+                }
+            }
+        }
+    }
+
+    /// Calls `f` with the TID of every entry of the index that answers look-ups.
+    pub fn for_each(&self, mut f: impl FnMut(pg_sys::ItemPointerData)) {
+        let index = self.indexes[self.valid].raw();
+        // SAFETY: as in `find`, without a key.
+        unsafe {
+            let any = &raw mut pg_sys::SnapshotAnyData;
+            #[cfg(not(feature = "pg18"))]
+            let scan = pg_sys::index_beginscan(self.store, index, any, 0, 0);
+            #[cfg(feature = "pg18")]
+            let scan = pg_sys::index_beginscan(self.store, index, any, std::ptr::null_mut(), 0, 0);
+            pg_sys::index_rescan(scan, std::ptr::null_mut(), 0, std::ptr::null_mut(), 0);
+            loop {
+                let tid = pg_sys::index_getnext_tid(scan, pg_sys::ScanDirection::ForwardScanDirection);
+                if tid.is_null() {
+                    break;
+                }
+                super::interrupt::check();
+                f(*tid);
+            }
+            pg_sys::index_endscan(scan);
+        }
+    }
+}
+
+/// `IndexBulkDeleteCallback`, called by the index access method under its page's lock.
+#[pg_guard]
+unsafe extern "C-unwind" fn is_gone(tid: pg_sys::ItemPointer, state: *mut std::ffi::c_void) -> bool {
+    // SAFETY: `state` is the pointer that `delete` passed, and lives until it returns.
+    unsafe { (*state.cast::<&dyn Fn(pg_sys::ItemPointerData) -> bool>())(*tid) }
 }

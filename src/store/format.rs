@@ -11,6 +11,8 @@ pub const META_MAGIC: u32 = u32::from_le_bytes(*b"TSRA");
 pub const MAP_MAGIC: u32 = u32::from_le_bytes(*b"TSMP");
 /// 'TSLC', a page of locators.
 pub const LOCATOR_MAGIC: u32 = u32::from_le_bytes(*b"TSLC");
+/// 'TSGP', a page of gaps.
+pub const GAP_MAGIC: u32 = u32::from_le_bytes(*b"TSGP");
 /// Version that this library writes. It reads this one and all before it.
 pub const FORMAT_VERSION: u16 = 1;
 
@@ -30,6 +32,10 @@ pub const ROOTS: usize = 16;
 pub const MAP_HEADER: usize = 8;
 /// Bytes of one locator.
 pub const LOCATOR_BYTES: usize = 64;
+/// Bytes of magic, level, next page and count before the entries of a gap page.
+pub const GAP_HEADER: usize = 16;
+/// Gaps of one gap page.
+pub const GAPS: usize = (PAGE_BYTES - GAP_HEADER) / 16;
 
 const _: () = assert!(std::mem::size_of::<Meta>() == 168 && std::mem::size_of::<Locator>() == LOCATOR_BYTES);
 const _: () = assert!(ROOTS as u64 * MAP_FANOUT as u64 * MAP_FANOUT as u64 * LOCATORS as u64 >= 1 << 32);
@@ -50,22 +56,37 @@ pub struct Meta {
     pub next_block_id: u32,
     /// Extents handed out so far, as tensor pages or as map extents.
     pub next_extent: u32,
-    /// Extent into which payloads go; meaningful once `fill_used` is above 0.
-    pub fill_extent: u32,
-    /// Bytes used of that extent.
-    pub fill_used: u32,
-    /// Next free page for maps and locators.
+    /// Next free page for maps, locators and gaps.
     pub map_next: u32,
-    /// One past the last page set aside for maps and locators.
+    /// One past the last page set aside for these.
     pub map_end: u32,
-    /// Blocks for which an id was reserved; a crash may have left some without a locator.
+    /// Content position at which the next payload begins, a multiple of 8.
+    pub fill_at: u64,
+    /// Content position at which the free run that is being filled ends.
+    pub fill_end: u64,
+    /// Blocks that have a locator.
     pub stored_blocks: u64,
     /// Their stored bytes.
     pub stored_bytes: u64,
     /// Upper map pages, 0 where there is none.
     pub roots: [u32; ROOTS],
+    /// First page of gaps, 0 where there is none. These pages are chained, and kept when they are empty.
+    pub gap_first: u32,
+    /// Page of gaps from which space is taken; 0 when there are none left.
+    pub gap_page: u32,
     /// For later versions; zero.
-    pub reserved: [u32; 6],
+    pub reserved: [u32; 2],
+}
+
+/// What a locator's block is, besides being condemned or not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Whole: payload and directory entry are there.
+    Live,
+    /// Space is reserved; the payload or the directory entry may be missing. Stays so after a crash or an ERROR.
+    Reserved,
+    /// Being removed: no row references it, and the directory entry may be gone.
+    Dying,
 }
 
 /// Where a block's payload is, and what it is.
@@ -84,8 +105,8 @@ pub struct Locator {
     pub raw_len: u32,
     /// Counts moves of the payload: who copies re-reads it and tries again if it changed.
     pub version: u32,
-    /// Padding; zero.
-    pub reserved: u32,
+    /// [`State`]: 0 live, 1 reserved, 2 dying.
+    pub state: u32,
     /// Full transaction id since which no row references the block; 0: not condemned.
     pub condemn_xid: u64,
 }
@@ -100,14 +121,16 @@ impl Meta {
             hash_key,
             next_block_id: 1,
             next_extent: 0,
-            fill_extent: 0,
-            fill_used: 0,
             map_next: 1,
             map_end: HEAD_PAGES,
+            fill_at: 0,
+            fill_end: 0,
             stored_blocks: 0,
             stored_bytes: 0,
             roots: [0; ROOTS],
-            reserved: [0; 6],
+            gap_first: 0,
+            gap_page: 0,
+            reserved: [0; 2],
         }
     }
 
@@ -121,13 +144,15 @@ impl Meta {
             hash_key: r.array(),
             next_block_id: r.u32(),
             next_extent: r.u32(),
-            fill_extent: r.u32(),
-            fill_used: r.u32(),
             map_next: r.u32(),
             map_end: r.u32(),
+            fill_at: r.u64(),
+            fill_end: r.u64(),
             stored_blocks: r.u64(),
             stored_bytes: r.u64(),
             roots: std::array::from_fn(|_| r.u32()),
+            gap_first: r.u32(),
+            gap_page: r.u32(),
             reserved: std::array::from_fn(|_| r.u32()),
         };
         if meta.magic != META_MAGIC {
@@ -146,12 +171,13 @@ impl Meta {
         w.put(&self.version.to_le_bytes());
         w.put(&self.flags.to_le_bytes());
         w.put(&self.hash_key);
-        for v in [self.next_block_id, self.next_extent, self.fill_extent, self.fill_used, self.map_next, self.map_end] {
+        for v in [self.next_block_id, self.next_extent, self.map_next, self.map_end] {
             w.put(&v.to_le_bytes());
         }
-        w.put(&self.stored_blocks.to_le_bytes());
-        w.put(&self.stored_bytes.to_le_bytes());
-        for v in self.roots.iter().chain(&self.reserved) {
+        for v in [self.fill_at, self.fill_end, self.stored_blocks, self.stored_bytes] {
+            w.put(&v.to_le_bytes());
+        }
+        for v in self.roots.iter().chain([&self.gap_first, &self.gap_page]).chain(&self.reserved) {
             w.put(&v.to_le_bytes());
         }
     }
@@ -161,6 +187,36 @@ impl Locator {
     /// Stored bytes of the payload; 0 where there is no block.
     pub fn stored_len(&self) -> u32 {
         self.ext_info & ((1 << 30) - 1)
+    }
+
+    /// What the block is; `None` for a locator without a block, or with a state that this version does not know.
+    pub fn state(&self) -> Option<State> {
+        match (self.stored_len(), self.state) {
+            (0, _) => None,
+            (_, 0) => Some(State::Live),
+            (_, 1) => Some(State::Reserved),
+            (_, 2) => Some(State::Dying),
+            _ => None,
+        }
+    }
+
+    /// Sets what the block is.
+    pub fn set_state(&mut self, state: State) {
+        self.state = match state {
+            State::Live => 0,
+            State::Reserved => 1,
+            State::Dying => 2,
+        };
+    }
+
+    /// No block.
+    pub const NONE: Locator =
+        Locator { hash: [0; 32], page: 0, offset: 0, ext_info: 0, raw_len: 0, version: 0, state: 0, condemn_xid: 0 };
+
+    /// Content positions that the payload takes.
+    pub fn range(&self) -> std::ops::Range<u64> {
+        let start = u64::from(self.page) * PAGE_BYTES as u64 + u64::from(self.offset);
+        start..start + u64::from(self.stored_len())
     }
 
     /// Reads locator `slot` of a locator page.
@@ -174,7 +230,7 @@ impl Locator {
             ext_info: r.u32(),
             raw_len: r.u32(),
             version: r.u32(),
-            reserved: r.u32(),
+            state: r.u32(),
             condemn_xid: r.u64(),
         }
     }
@@ -184,7 +240,7 @@ impl Locator {
         let at = PAGE_HEADER + MAP_HEADER + slot as usize * LOCATOR_BYTES;
         let mut w = Writer(&mut page[at..at + LOCATOR_BYTES]);
         w.put(&self.hash);
-        for v in [self.page, self.offset, self.ext_info, self.raw_len, self.version, self.reserved] {
+        for v in [self.page, self.offset, self.ext_info, self.raw_len, self.version, self.state] {
             w.put(&v.to_le_bytes());
         }
         w.put(&self.condemn_xid.to_le_bytes());
@@ -251,6 +307,57 @@ pub fn extent_start(extent: u32) -> u64 {
     HEAD_PAGES as u64 + extent as u64 * EXTENT_PAGES as u64
 }
 
+/// Content position of a page's first byte behind its header. Positions count the content of all pages of the file as
+/// one run of bytes.
+pub fn position_of(page: u64) -> u64 {
+    page * PAGE_BYTES as u64
+}
+
+/// The extent in which a content position lies. The head pages are in none.
+pub fn extent_of(position: u64) -> u32 {
+    ((position / PAGE_BYTES as u64 - u64::from(HEAD_PAGES)) / u64::from(EXTENT_PAGES)) as u32
+}
+
+/// A run of free bytes in tensor pages, as content positions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Gap {
+    /// First free position, a multiple of 8.
+    pub start: u64,
+    /// One past the last.
+    pub end: u64,
+}
+
+/// Content of a gap page.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GapPage {
+    /// The next page of the chain, 0 for the last.
+    pub next: u32,
+    /// The gaps, lowest first; at most [`GAPS`].
+    pub gaps: Vec<Gap>,
+}
+
+impl GapPage {
+    /// Reads a page whose magic was checked. A count beyond the page is cut off: gaps are taken only if they hold.
+    pub fn read(page: &[u8]) -> GapPage {
+        let mut r = Reader(&page[PAGE_HEADER + 8..]);
+        let (next, count) = (r.u32(), r.u32());
+        let gaps = (0..(count as usize).min(GAPS)).map(|_| Gap { start: r.u64(), end: r.u64() }).collect();
+        GapPage { next, gaps }
+    }
+
+    /// Writes the content behind the page header.
+    pub fn write(&self, page: &mut [u8]) {
+        write_map_header(page, GAP_MAGIC, 0);
+        let mut w = Writer(&mut page[PAGE_HEADER + 8..]);
+        w.put(&self.next.to_le_bytes());
+        w.put(&(self.gaps.len() as u32).to_le_bytes());
+        for gap in &self.gaps {
+            w.put(&gap.start.to_le_bytes());
+            w.put(&gap.end.to_le_bytes());
+        }
+    }
+}
+
 /// What is wrong with a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FormatError {
@@ -300,7 +407,8 @@ mod tests {
         let mut meta = Meta::new([9; 32]);
         meta.roots[15] = 77;
         meta.stored_bytes = u64::MAX - 3;
-        meta.fill_used = 12;
+        meta.fill_at = 12;
+        meta.gap_page = 5;
         meta.write(&mut page);
         assert_eq!(Meta::read(&page), Ok(meta));
     }
@@ -324,7 +432,7 @@ mod tests {
             ext_info: n + 2,
             raw_len: n + 3,
             version: n + 4,
-            reserved: 0,
+            state: 0,
             condemn_xid: u64::from(n) << 40,
         };
         for slot in 0..LOCATORS {

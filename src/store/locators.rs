@@ -1,17 +1,18 @@
-//! Metapage, map pages and locators: reading, and the one place that changes them.
+//! Metapage, map pages and locators: reading and changing.
 
 use super::format::{
-    FormatError, LOCATOR_MAGIC, LOCATORS, Locator, MAP_FANOUT, MAP_MAGIC, Meta, Path, check_map_header, map_entry,
-    set_map_entry, write_map_header,
+    FormatError, LOCATOR_MAGIC, LOCATORS, Locator, MAP_FANOUT, MAP_MAGIC, Meta, Path, State, check_map_header,
+    map_entry, set_map_entry, write_map_header,
 };
-use super::reserve::{Full, Reservation, plan};
+use super::reserve::{Full, Reservation, place, plan};
+use super::space;
 use crate::pg::buffer::{Exclusive, Pinned, init_page, is_new};
 use crate::pg::wal::GenericRecord;
 use crate::pg::{error, relation};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
-const META_PAGE: u32 = 0;
+pub(super) const META_PAGE: u32 = 0;
 const UPPER: u16 = 2;
 const LOWER: u16 = 1;
 const LEAF: u16 = 0;
@@ -26,8 +27,9 @@ pub fn read_meta(rel: pg_sys::Relation) -> Option<Meta> {
     (!is_new(page.bytes())).then(|| meta_of(rel, page.bytes()))
 }
 
-/// The metapage's content, made with a fresh random key if there is none.
-pub fn ensure_meta(rel: pg_sys::Relation) -> Meta {
+/// The metapage's content, made if there is none: with a fresh random key, or going on with the block ids and the key of
+/// `model`, so that no id is used twice.
+pub fn ensure_meta(rel: pg_sys::Relation, model: Option<&Meta>) -> Meta {
     if let Some(meta) = read_meta(rel) {
         return meta;
     }
@@ -37,12 +39,10 @@ pub fn ensure_meta(rel: pg_sys::Relation) -> Meta {
     if !is_new(page.bytes()) {
         return meta_of(rel, page.bytes()); // somebody else was faster
     }
-    let mut key = [0u8; 32];
-    // SAFETY: fills the array; false means that the system has no randomness to give.
-    if !unsafe { pg_sys::pg_strong_random(key.as_mut_ptr().cast(), key.len()) } {
-        error::raise(PgSqlErrorCode::ERRCODE_INTERNAL_ERROR, "could not generate the key of a block store", "", "");
-    }
-    let meta = Meta::new(key);
+    let meta = match model {
+        Some(model) => Meta { next_block_id: model.next_block_id, ..Meta::new(model.hash_key) },
+        None => Meta::new(random_key()),
+    };
     let record = GenericRecord::start(rel);
     let copy = record.page(&mut page, true);
     init_page(copy);
@@ -51,7 +51,32 @@ pub fn ensure_meta(rel: pg_sys::Relation) -> Meta {
     meta
 }
 
-/// The locator of a block; `None` if the store has no such block.
+fn random_key() -> [u8; 32] {
+    let mut key = [0u8; 32];
+    // SAFETY: fills the array; false means that the system has no randomness to give.
+    if !unsafe { pg_sys::pg_strong_random(key.as_mut_ptr().cast(), key.len()) } {
+        error::raise(PgSqlErrorCode::ERRCODE_INTERNAL_ERROR, "could not generate the key of a block store", "", "");
+    }
+    key
+}
+
+/// Changes the metapage under its exclusive lock.
+pub fn edit_meta(rel: pg_sys::Relation, f: impl FnOnce(&mut Meta)) -> Meta {
+    let pin = Pinned::read(rel, META_PAGE);
+    let mut page = pin.exclusive();
+    let mut meta = meta_of(rel, page.bytes());
+    f(&mut meta);
+    write_meta(rel, &mut page, &meta);
+    meta
+}
+
+fn write_meta(rel: pg_sys::Relation, page: &mut Exclusive<'_>, meta: &Meta) {
+    let record = GenericRecord::start(rel);
+    meta.write(record.page(page, false));
+    record.finish();
+}
+
+/// The locator of a block, whatever its state; `None` if the store has no such block.
 pub fn find(rel: pg_sys::Relation, block_id: u32) -> Option<Locator> {
     let meta = read_meta(rel)?;
     let path = Path::of(block_id);
@@ -63,61 +88,128 @@ pub fn find(rel: pg_sys::Relation, block_id: u32) -> Option<Locator> {
     (locator.stored_len() > 0).then_some(locator)
 }
 
-/// Writes the locator of a block whose id was reserved.
-pub fn write(rel: pg_sys::Relation, block_id: u32, locator: &Locator) {
-    let meta = ensure_meta(rel);
+/// Changes the locator of a block under its page's exclusive lock: `f` returns the new one, or `None` to leave it. Returns
+/// what the locator is afterwards; `None` if the store has no page for it.
+pub fn edit(rel: pg_sys::Relation, block_id: u32, f: impl FnOnce(Locator) -> Option<Locator>) -> Option<Locator> {
+    let meta = read_meta(rel)?;
     let path = Path::of(block_id);
-    let Some(leaf) = leaf_page(rel, &meta, &path) else {
-        error::raise(
-            PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
-            format!("block store has no locator page for block {block_id}"),
-            "",
-            "The table is damaged; restore it from a backup.",
-        )
-    };
+    let leaf = leaf_page(rel, &meta, &path)?;
     let pin = Pinned::read(rel, leaf);
     let mut page = pin.exclusive();
     check(rel, leaf, check_map_header(page.bytes(), LOCATOR_MAGIC, LEAF));
-    let record = GenericRecord::start(rel);
-    locator.write(record.page(&mut page, false), path.slot);
-    record.finish();
+    let old = Locator::read(page.bytes(), path.slot);
+    let Some(new) = f(old) else { return Some(old) };
+    if new != old {
+        let record = GenericRecord::start(rel);
+        new.write(record.page(&mut page, false), path.slot);
+        record.finish();
+    }
+    Some(new)
 }
 
-/// Calls `f` with every block, in the order of ids.
-pub fn for_each(rel: pg_sys::Relation, mut f: impl FnMut(u32, &Locator)) {
+/// Changes the locators of each page in one record, where `decide` gives another one than there is. It is asked under the
+/// share lock first, and counts under the exclusive one. `seen` is then told what each block's locator is, without a lock.
+pub fn edit_all(rel: pg_sys::Relation, decide: impl Fn(u32, &Locator) -> Locator, mut seen: impl FnMut(u32, &Locator)) {
     let Some(meta) = read_meta(rel) else { return };
-    let end = if meta.next_block_id == 0 { 1u64 << 32 } else { u64::from(meta.next_block_id) };
-    let mut first = 0u64;
-    while first < end {
-        crate::pg::interrupt::check();
-        if let Some(leaf) = leaf_page(rel, &meta, &Path::of(first as u32)) {
-            let locators: Vec<Locator> = {
-                let pin = Pinned::read(rel, leaf);
-                let page = pin.share();
-                check(rel, leaf, check_map_header(page.bytes(), LOCATOR_MAGIC, LEAF));
-                (0..LOCATORS).map(|slot| Locator::read(page.bytes(), slot)).collect()
-            };
-            for (slot, locator) in locators.iter().enumerate().filter(|(_, l)| l.stored_len() > 0) {
-                f(first as u32 + slot as u32, locator);
+    for_each_leaf(rel, &meta, |first, leaf| {
+        let pin = Pinned::read(rel, leaf);
+        let all = |page: &[u8]| -> Vec<(u32, Locator, Locator)> {
+            (0..LOCATORS)
+                .map(|slot| (slot, Locator::read(page, slot)))
+                .filter(|(_, old)| old.stored_len() > 0)
+                .map(|(slot, old)| (slot, old, decide(first + slot, &old)))
+                .collect()
+        };
+        let mut decided = {
+            let page = pin.share();
+            check(rel, leaf, check_map_header(page.bytes(), LOCATOR_MAGIC, LEAF));
+            all(page.bytes())
+        };
+        if decided.iter().any(|(_, old, new)| old != new) {
+            let mut page = pin.exclusive();
+            decided = all(page.bytes());
+            if decided.iter().any(|(_, old, new)| old != new) {
+                let record = GenericRecord::start(rel);
+                let copy = record.page(&mut page, false);
+                for (slot, _, new) in decided.iter().filter(|(_, old, new)| old != new) {
+                    new.write(copy, *slot);
+                }
+                record.finish();
             }
         }
-        first += u64::from(LOCATORS);
+        for (slot, _, new) in &decided {
+            seen(first + slot, new);
+        }
+    });
+}
+
+/// Calls `f` with every locator that is in use, whatever its state, in the order of ids.
+pub fn for_each(rel: pg_sys::Relation, mut f: impl FnMut(u32, &Locator)) {
+    let Some(meta) = read_meta(rel) else { return };
+    for_each_leaf(rel, &meta, |first, leaf| {
+        let locators: Vec<Locator> = {
+            let pin = Pinned::read(rel, leaf);
+            let page = pin.share();
+            check(rel, leaf, check_map_header(page.bytes(), LOCATOR_MAGIC, LEAF));
+            (0..LOCATORS).map(|slot| Locator::read(page.bytes(), slot)).collect()
+        };
+        for (slot, locator) in locators.iter().enumerate().filter(|(_, l)| l.stored_len() > 0) {
+            f(first + slot as u32, locator);
+        }
+    });
+}
+
+/// Calls `f` with each locator page and the first id on it, in the order of ids.
+fn for_each_leaf(rel: pg_sys::Relation, meta: &Meta, mut f: impl FnMut(u32, u32)) {
+    for (root, &upper) in meta.roots.iter().enumerate().filter(|(_, page)| **page != 0) {
+        for (u, lower) in entries(rel, upper, UPPER) {
+            for (l, leaf) in entries(rel, lower, LOWER) {
+                crate::pg::interrupt::check();
+                let index = (root as u64 * u64::from(MAP_FANOUT) + u64::from(u)) * u64::from(MAP_FANOUT) + u64::from(l);
+                f((index * u64::from(LOCATORS)) as u32, leaf);
+            }
+        }
     }
 }
 
-/// Reserves a block id, space for `len` bytes and the id's place among the locators.
+/// Every page of the tree below the metapage.
+pub fn tree_pages(rel: pg_sys::Relation, meta: &Meta) -> Vec<u32> {
+    let mut pages = Vec::new();
+    for &upper in meta.roots.iter().filter(|page| **page != 0) {
+        pages.push(upper);
+        for (_, lower) in entries(rel, upper, UPPER) {
+            pages.push(lower);
+            pages.extend(entries(rel, lower, LOWER).into_iter().map(|(_, leaf)| leaf));
+        }
+    }
+    pages
+}
+
+/// Entries of a map page that are in use: `(entry, page)`.
+fn entries(rel: pg_sys::Relation, page_number: u32, level: u16) -> Vec<(u32, u32)> {
+    let pin = Pinned::read(rel, page_number);
+    let page = pin.share();
+    check(rel, page_number, check_map_header(page.bytes(), MAP_MAGIC, level));
+    (0..MAP_FANOUT).map(|entry| (entry, map_entry(page.bytes(), entry))).filter(|(_, page)| *page != 0).collect()
+}
+
+/// Reserves a block id (the next one, or `given`), space for the payload and the id's place among the locators, and writes
+/// the locator, as reserved, in the same record: what is taken is always seen there.
 ///
-/// The file is extended before the metapage is changed, and never under its lock.
-pub fn reserve(rel: pg_sys::Relation, len: u32) -> Reservation {
+/// The file is extended before the metapage is changed, and never under its lock. `what` gives hash and lengths.
+pub fn reserve(rel: pg_sys::Relation, what: Locator, given: Option<u32>) -> Reservation {
+    let len = what.stored_len();
     let mut have = relation::pages(rel);
     loop {
         let pin = Pinned::read(rel, META_PAGE);
         let mut page = pin.exclusive();
-        let meta = meta_of(rel, page.bytes());
-        let path = Path::of(meta.next_block_id);
-        // Ids come in order, so a locator page is missing only for the first id that it would hold.
-        let new_maps = if path.slot == 0 || meta.next_block_id == 1 { missing_maps(rel, &meta, &path) } else { 0 };
-        let reservation = match plan(&meta, len, new_maps) {
+        let mut meta = meta_of(rel, page.bytes());
+        if place(meta.fill_at, meta.fill_end, len).is_none() && meta.gap_page != 0 {
+            meta = space::take_gap(rel, &mut page, meta, len);
+        }
+        let path = Path::of(given.unwrap_or(meta.next_block_id));
+        let new_maps = missing_maps(rel, &meta, &path);
+        let reservation = match plan(&meta, len, new_maps, given) {
             Ok(reservation) => reservation,
             Err(full) => full_store(full),
         };
@@ -128,18 +220,23 @@ pub fn reserve(rel: pg_sys::Relation, len: u32) -> Reservation {
             have = relation::pages(rel);
             continue;
         }
-        return apply(rel, &mut page, reservation, &path, new_maps);
+        return apply(rel, &mut page, reservation, &path, new_maps, what);
     }
 }
 
-/// Writes the metapage of a reservation, and makes the map and locator pages that it needs, in one record.
+/// Writes the metapage of a reservation, the locator, and the map and locator pages that it needs, in one record: of four
+/// pages at most, which is what a generic record can hold.
 fn apply(
     rel: pg_sys::Relation,
     meta_page: &mut Exclusive<'_>,
     mut reservation: Reservation,
     path: &Path,
     new_maps: u32,
+    what: Locator,
 ) -> Reservation {
+    let mut locator =
+        Locator { page: reservation.page, offset: reservation.offset, version: 1, condemn_xid: 0, ..what };
+    locator.set_state(State::Reserved);
     let meta = &mut reservation.meta;
     let first_new = meta.map_next;
     meta.map_next += new_maps;
@@ -148,30 +245,36 @@ fn apply(
     let pins: Vec<Pinned> = numbers.iter().map(|&number| Pinned::read(rel, number)).collect();
     let mut pages: Vec<Exclusive<'_>> = pins.iter().map(Pinned::exclusive).collect();
 
-    // The lowest page of the path that exists already takes the entry for the first new one.
-    let parent_pin = match new_maps {
+    // The lowest page of the path that exists already takes the entry for the first new one, or the locator itself.
+    let existing_pin = match new_maps {
+        0 => leaf_page(rel, meta, path).map(|leaf| Pinned::read(rel, leaf)),
         1 => Some(Pinned::read(rel, existing_lower(rel, meta, path))),
         2 => Some(Pinned::read(rel, meta.roots[path.root as usize])),
         _ => None,
     };
-    let mut parent = parent_pin.as_ref().map(Pinned::exclusive);
+    let mut existing = existing_pin.as_ref().map(Pinned::exclusive);
     if new_maps == 3 {
         meta.roots[path.root as usize] = numbers[0];
     }
 
     let record = GenericRecord::start(rel);
-    if let Some(parent) = &mut parent {
-        let entry = if new_maps == 1 { path.lower } else { path.upper };
-        set_map_entry(record.page(parent, false), entry, numbers[0]);
+    if let Some(existing) = &mut existing {
+        let copy = record.page(existing, false);
+        match new_maps {
+            0 => locator.write(copy, path.slot),
+            1 => set_map_entry(copy, path.lower, numbers[0]),
+            _ => set_map_entry(copy, path.upper, numbers[0]),
+        }
     }
     for (i, page) in pages.iter_mut().enumerate() {
         let level = (new_maps as usize - 1 - i) as u16;
         let copy = record.page(page, true);
         init_page(copy);
         write_map_header(copy, if level == LEAF { LOCATOR_MAGIC } else { MAP_MAGIC }, level);
-        if level > LEAF {
-            let entry = if level == UPPER { path.upper } else { path.lower };
-            set_map_entry(copy, entry, numbers[i + 1]);
+        match level {
+            LEAF => locator.write(copy, path.slot),
+            LOWER => set_map_entry(copy, path.lower, numbers[i + 1]),
+            _ => set_map_entry(copy, path.upper, numbers[i + 1]),
         }
     }
     meta.write(record.page(meta_page, false));
@@ -215,14 +318,14 @@ fn entry_of(rel: pg_sys::Relation, page_number: u32, level: u16, entry: u32) -> 
     map_entry(page.bytes(), entry)
 }
 
-fn meta_of(rel: pg_sys::Relation, page: &[u8]) -> Meta {
+pub(super) fn meta_of(rel: pg_sys::Relation, page: &[u8]) -> Meta {
     match Meta::read(page) {
         Ok(meta) => meta,
         Err(e) => check_failed(rel, META_PAGE, e),
     }
 }
 
-fn check(rel: pg_sys::Relation, page: u32, result: Result<(), FormatError>) {
+pub(super) fn check(rel: pg_sys::Relation, page: u32, result: Result<(), FormatError>) {
     if let Err(e) = result {
         check_failed(rel, page, e)
     }
@@ -247,7 +350,7 @@ fn check_failed(rel: pg_sys::Relation, page: u32, e: FormatError) -> ! {
     }
 }
 
-fn full_store(full: Full) -> ! {
+pub(super) fn full_store(full: Full) -> ! {
     let what = match full {
         Full::BlockIds => "all 2^32 - 1 block ids of the table were used",
         Full::Pages => "the table's block store has reached PostgreSQL's limit of 32 TB",

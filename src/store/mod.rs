@@ -3,25 +3,32 @@
 //! Duties: give equal content one block id, keep payloads in tensor pages, find them again by id. The formats are in
 //! [`format`] and drawn in `README.md`.
 //!
-//! Invariants: (1) a directory entry's locator is complete, and a locator's payload is complete, because they are logged
-//! in the order payload, locator, directory entry, and WAL is replayed in order; (2) block ids only grow and are never
-//! reused; (3) what a crash or an ERROR between two steps leaves behind is unreachable space, never a wrong answer.
+//! Invariants: (1) a live block's payload is complete and the directory has it, because these are logged in the order
+//! locator (reserved), payload, directory entry, locator (live), and WAL is replayed in order; (2) block ids only grow and
+//! are never reused; (3) what no locator, tree page or gap page takes is free; (4) what a crash or an ERROR between two
+//! steps leaves behind is a reserved block, which the sweep removes, never a wrong answer.
 //!
-//! Lock order: hash lock (heavyweight, one at a time) -> extension lock -> nothing; hash lock -> metapage -> upper map
-//! page -> lower map page -> locator page, by content locks. Payload pages are locked alone. No heavyweight lock is
-//! waited for under a content lock.
+//! Lock order: hash lock (heavyweight, one at a time) -> extension lock -> nothing; hash lock -> metapage -> gap page, or
+//! metapage -> upper map page -> lower map page -> locator page, by content locks. Payload pages are locked alone. No
+//! heavyweight lock is waited for under a content lock.
 
+pub mod copy;
 pub mod directory;
+pub mod fault;
 pub mod format;
 pub mod locators;
+pub mod marks;
 pub mod payload;
 pub mod reserve;
+mod space;
+pub mod sweep;
 
 use crate::pg::relation::{OpenRelation, PageLock};
 use crate::pg::toast_index::ToastIndexes;
 use crate::pg::varlena::StandIn;
-use crate::pg::{error, relation};
-use format::Locator;
+use crate::pg::{error, interrupt, relation};
+use format::{Locator, State};
+pub use marks::Marks;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::borrow::Cow;
@@ -55,10 +62,20 @@ pub struct Store {
 impl Store {
     /// Opens the store `toast_oid` for writing, and makes its metapage if it has none. Locks on the relation and its
     /// indexes last until the transaction ends, so that neither can be swapped while references to them are fresh.
+    ///
+    /// The transaction gets its id now: whoever places a reference has one before it looks at a locator. Therefore a
+    /// block that is condemned after that look is not removed before the transaction has ended (see [`sweep`]).
     pub fn open_for_write(toast_oid: pg_sys::Oid) -> Store {
+        Store::open_like(toast_oid, None)
+    }
+
+    /// As [`Store::open_for_write`]; a new metapage goes on with the ids and the key of `model`.
+    fn open_like(toast_oid: pg_sys::Oid, model: Option<&format::Meta>) -> Store {
         let rel = OpenRelation::table(toast_oid, pg_sys::RowExclusiveLock);
         let indexes = ToastIndexes::open(rel.raw(), pg_sys::RowExclusiveLock);
-        let key = locators::ensure_meta(rel.raw()).hash_key;
+        // SAFETY: in a transaction.
+        unsafe { pg_sys::GetCurrentTransactionId() };
+        let key = locators::ensure_meta(rel.raw(), model).hash_key;
         Store { rel, indexes, key }
     }
 
@@ -69,48 +86,91 @@ impl Store {
     /// that the next insertion of that content finds.
     pub fn put<'a>(&self, hash: &Hash, raw_len: u32, make: impl FnOnce() -> Payload<'a>) -> StandIn {
         let chunk_id = directory::chunk_id(&self.key, hash);
-        if let Some(found) = self.find(chunk_id, hash, raw_len) {
+        if let Some(found) = self.find(chunk_id, hash, raw_len, false) {
             return found;
         }
         let _lock = PageLock::exclusive(self.rel.raw(), chunk_id & 0x7fff_ffff);
-        if let Some(found) = self.find(chunk_id, hash, raw_len) {
+        if let Some(found) = self.find(chunk_id, hash, raw_len, true) {
             return found;
         }
-        let payload = make();
+        self.add(hash, raw_len, chunk_id, make(), None)
+    }
+
+    /// Stores a block under its own id in a copy of another store, which nobody else sees yet.
+    fn put_as(&self, block_id: u32, hash: &Hash, raw_len: u32, payload: Payload<'_>) {
+        self.add(hash, raw_len, directory::chunk_id(&self.key, hash), payload, Some(block_id));
+    }
+
+    fn add(&self, hash: &Hash, raw_len: u32, chunk_id: u32, payload: Payload<'_>, given: Option<u32>) -> StandIn {
+        let rel = self.rel.raw();
         let ext_info = payload.stored.len() as u32 | payload.method << 30;
-        let at = locators::reserve(self.rel.raw(), payload.stored.len() as u32);
-        payload::write(self.rel.raw(), at.page, at.offset, &payload.stored);
-        let locator = Locator {
-            hash: *hash,
-            page: at.page,
-            offset: at.offset,
-            ext_info,
-            raw_len,
-            version: 1,
-            reserved: 0,
-            condemn_xid: 0,
-        };
-        locators::write(self.rel.raw(), at.block_id, &locator);
+        let at = locators::reserve(rel, Locator { hash: *hash, ext_info, raw_len, ..Locator::NONE }, given);
+        fault::point("store after reserve");
+        payload::write(rel, at.page, at.offset, &payload.stored);
+        fault::point("store after payload");
         self.indexes.insert(chunk_id, at.block_id, directory::tid_of(at.block_id));
+        fault::point("store after directory");
+        self.keep(at.block_id, hash, true);
+        // Aborted insertions count as dead: so autovacuum learns of blocks that no row came to reference.
+        relation::count_insertion(rel);
         StandIn { raw_len, block_id: at.block_id, ext_info }
     }
 
-    /// True if the block is there with this size: a reference to it may be stored again.
+    /// True if a reference that some row has may be stored again: the block is there, with this size. A condemnation is
+    /// taken back.
     pub fn holds(&self, reference: &StandIn) -> bool {
-        locators::find(self.rel.raw(), reference.block_id)
-            .is_some_and(|l| l.ext_info == reference.ext_info && l.raw_len == reference.raw_len)
+        locators::find(self.rel.raw(), reference.block_id).is_some_and(|l| {
+            l.ext_info == reference.ext_info
+                && l.raw_len == reference.raw_len
+                && l.state() == Some(State::Live)
+                && (l.condemn_xid == 0 || self.keep(reference.block_id, &l.hash, false))
+        })
     }
 
-    fn find(&self, chunk_id: u32, hash: &Hash, raw_len: u32) -> Option<StandIn> {
+    /// The block with this content, if it is there, for a new reference: a condemnation is taken back. `locked`: the caller
+    /// has the hash lock, so a block that is still only reserved belongs to nobody any more; as the directory has it, its
+    /// payload is complete.
+    fn find(&self, chunk_id: u32, hash: &Hash, raw_len: u32, locked: bool) -> Option<StandIn> {
         self.indexes.find(chunk_id, |tid| {
             let block_id = directory::block_id_of(tid);
             let locator = locators::find(self.rel.raw(), block_id)?;
-            (locator.hash == *hash && locator.raw_len == raw_len).then_some(StandIn {
-                raw_len,
-                block_id,
-                ext_info: locator.ext_info,
-            })
+            if locator.hash != *hash || locator.raw_len != raw_len {
+                return None;
+            }
+            let ready = match locator.state() {
+                Some(State::Live) => locator.condemn_xid == 0 || self.keep(block_id, hash, false),
+                Some(State::Reserved) => locked && self.keep(block_id, hash, true),
+                _ => false,
+            };
+            ready.then_some(StandIn { raw_len, block_id, ext_info: locator.ext_info })
         })
+    }
+
+    /// Makes a block one that may be referenced: live, not condemned. False if it is being removed, or another.
+    fn keep(&self, block_id: u32, hash: &Hash, reserved_too: bool) -> bool {
+        let mut kept = false;
+        locators::edit(self.rel.raw(), block_id, |mut locator| {
+            kept = locator.hash == *hash
+                && match locator.state() {
+                    Some(State::Live) => true,
+                    Some(State::Reserved) => reserved_too,
+                    _ => false,
+                };
+            locator.set_state(State::Live);
+            locator.condemn_xid = 0;
+            kept.then_some(locator)
+        });
+        kept
+    }
+
+    /// The block with the content of block `block_id` of another store, if this one has it: nothing is read but locators.
+    pub fn find_like(&self, other: pg_sys::Relation, reference: &StandIn) -> Option<StandIn> {
+        let theirs = locators::find(other, reference.block_id)?;
+        if theirs.state() != Some(State::Live) || theirs.ext_info != reference.ext_info {
+            return None;
+        }
+        let chunk_id = directory::chunk_id(&self.key, &theirs.hash);
+        self.find(chunk_id, &theirs.hash, theirs.raw_len, false)
     }
 }
 
@@ -123,7 +183,9 @@ pub fn fetch(rel: pg_sys::Relation, block_id: u32, stored_len: u32, offset: u32,
         return;
     }
     loop {
-        let Some(locator) = locators::find(rel, block_id) else { no_such_block(rel, block_id) };
+        let Some(locator) = locators::find(rel, block_id).filter(|l| l.state() == Some(State::Live)) else {
+            no_such_block(rel, block_id)
+        };
         let end = u64::from(offset) + out.len() as u64;
         if locator.stored_len() != stored_len || end > u64::from(stored_len) {
             error::raise(
@@ -136,9 +198,11 @@ pub fn fetch(rel: pg_sys::Relation, block_id: u32, stored_len: u32, offset: u32,
         let start = u64::from(locator.offset) + u64::from(offset);
         payload::read(rel, locator.page, start, out);
         // A block may be moved when pages are packed anew: what was copied counts only if the locator still says so.
-        if locators::find(rel, block_id).is_some_and(|now| now.version == locator.version) {
+        let now = locators::find(rel, block_id);
+        if now.is_some_and(|now| now.version == locator.version && now.page == locator.page) {
             return;
         }
+        interrupt::check();
     }
 }
 
@@ -162,7 +226,11 @@ pub fn totals(rel: pg_sys::Relation) -> (u64, u64, u32) {
     }
 }
 
-/// Calls `f` with every block that the store has, in the order of ids.
-pub fn for_each_block(rel: pg_sys::Relation, f: impl FnMut(u32, &Locator)) {
-    locators::for_each(rel, f);
+/// Calls `f` with every block that has, or is about to have, an entry in the directory, in the order of ids.
+pub fn for_each_block(rel: pg_sys::Relation, mut f: impl FnMut(u32, &Locator)) {
+    locators::for_each(rel, |id, locator| {
+        if locator.state() == Some(State::Live) {
+            f(id, locator);
+        }
+    });
 }

@@ -27,8 +27,8 @@ fn pieces(page: u32, offset: u64, len: usize) -> impl Iterator<Item = (u32, usiz
 
 /// Writes a payload to space that was reserved for it and that the file already has.
 ///
-/// A page that nobody has written yet is logged as a full image; a page that holds the end of the block before is changed
-/// by generic WAL. Neighbours write to the same page under its exclusive lock, each only its own bytes.
+/// A page that nobody has written yet, or that is written whole, is logged as a full image; a page that holds the end of
+/// the block before is changed by generic WAL. Neighbours write to the same page under its exclusive lock, each only its own bytes.
 pub fn write(rel: pg_sys::Relation, page: u32, offset: u32, bytes: &[u8]) {
     for (i, (page, at, range)) in pieces(page, u64::from(offset), bytes.len()).enumerate() {
         if i % PAGES_PER_CHECK == PAGES_PER_CHECK - 1 {
@@ -37,7 +37,7 @@ pub fn write(rel: pg_sys::Relation, page: u32, offset: u32, bytes: &[u8]) {
         let (from, to) = (PAGE_HEADER + at, PAGE_HEADER + at + range.len());
         let pin = Pinned::read(rel, page);
         let mut locked = pin.exclusive();
-        if is_new(locked.bytes()) {
+        if is_new(locked.bytes()) || range.len() == PAGE_BYTES {
             write_new_page(rel, &mut locked, |p| p[from..to].copy_from_slice(&bytes[range]));
         } else {
             let record = GenericRecord::start(rel);

@@ -12,7 +12,7 @@ use pgrx::pg_sys::{HTSV_Result, ScanDirection};
 use pgrx::prelude::*;
 
 /// `MaxHeapTuplesPerPage` (htup_details.h) of 8 kB pages, which has no binding.
-const ROOT_OFFSETS: usize = 291;
+pub(super) const ROOT_OFFSETS: usize = 291;
 
 #[pg_guard]
 #[allow(clippy::too_many_arguments)]
@@ -275,7 +275,7 @@ unsafe fn judge(
 }
 
 /// `HeapTupleHeaderGetUpdateXid` (htup_details.h), which has no binding.
-unsafe fn update_xid(header: pg_sys::HeapTupleHeader) -> pg_sys::TransactionId {
+pub(super) unsafe fn update_xid(header: pg_sys::HeapTupleHeader) -> pg_sys::TransactionId {
     // SAFETY: the header of a tuple on a pinned, locked page.
     unsafe {
         let infomask = u32::from((*header).t_infomask);
@@ -288,7 +288,7 @@ unsafe fn update_xid(header: pg_sys::HeapTupleHeader) -> pg_sys::TransactionId {
     }
 }
 
-unsafe fn read_roots(buffer: pg_sys::Buffer, roots: &mut [pg_sys::OffsetNumber; ROOT_OFFSETS]) {
+pub(super) unsafe fn read_roots(buffer: pg_sys::Buffer, roots: &mut [pg_sys::OffsetNumber; ROOT_OFFSETS]) {
     // SAFETY: the scan has the buffer pinned; the array has MaxHeapTuplesPerPage entries.
     unsafe {
         pg_sys::LockBuffer(buffer, pg_sys::BUFFER_LOCK_SHARE as i32);
@@ -298,7 +298,7 @@ unsafe fn read_roots(buffer: pg_sys::Buffer, roots: &mut [pg_sys::OffsetNumber; 
 }
 
 /// `GetPerTupleExprContext` (executor.h), which has no binding.
-unsafe fn per_tuple_context(estate: *mut pg_sys::EState) -> *mut pg_sys::ExprContext {
+pub(super) unsafe fn per_tuple_context(estate: *mut pg_sys::EState) -> *mut pg_sys::ExprContext {
     // SAFETY: a fresh executor state.
     unsafe {
         if (*estate).es_per_tuple_exprcontext.is_null() {
@@ -306,18 +306,4 @@ unsafe fn per_tuple_context(estate: *mut pg_sys::EState) -> *mut pg_sys::ExprCon
         }
         (*estate).es_per_tuple_exprcontext
     }
-}
-
-#[pg_guard]
-pub unsafe extern "C-unwind" fn index_validate_scan(
-    _table: pg_sys::Relation,
-    _index: pg_sys::Relation,
-    _info: *mut pg_sys::IndexInfo,
-    _snapshot: pg_sys::Snapshot,
-    _state: *mut pg_sys::ValidateIndexState,
-) {
-    error::not_supported(
-        "CREATE INDEX CONCURRENTLY is not supported for tables with access method tensor_block",
-        "Use CREATE INDEX.",
-    )
 }

@@ -5,14 +5,18 @@
 //! store, and the row holds a stand-in for it ([`crate::pg::varlena`]). The TOAST relation of a table is its block store
 //! and has this access method too; what heapam would do with its pages is refused.
 
+mod cluster;
 mod ddl;
 mod fetch;
 mod index_build;
+mod index_validate;
 mod modify;
+pub mod references;
 mod routine;
 mod scan;
 mod slot;
 mod toaster;
+mod vacuum;
 
 #[cfg(any(test, feature = "pg_test"))]
 mod tests;

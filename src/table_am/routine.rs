@@ -1,6 +1,6 @@
 //! The routine: heapam's, with the callbacks of this access method in place of those that differ.
 
-use super::{ddl, fetch, heapam, index_build, modify, scan, slot};
+use super::{cluster, ddl, fetch, heapam, index_build, index_validate, modify, scan, slot, vacuum};
 use once_cell::sync::OnceCell;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
@@ -33,15 +33,16 @@ fn build() -> Routine {
     am.tuple_insert_speculative = Some(modify::tuple_insert_speculative);
     am.tuple_complete_speculative = Some(modify::tuple_complete_speculative);
     am.multi_insert = Some(modify::multi_insert);
+    am.tuple_delete = Some(modify::tuple_delete);
     am.tuple_update = Some(modify::tuple_update);
     am.tuple_lock = Some(modify::tuple_lock);
 
     am.index_delete_tuples = Some(ddl::index_delete_tuples);
     am.index_build_range_scan = Some(index_build::index_build_range_scan);
-    am.index_validate_scan = Some(index_build::index_validate_scan);
+    am.index_validate_scan = Some(index_validate::index_validate_scan);
 
-    am.relation_copy_for_cluster = Some(ddl::relation_copy_for_cluster);
-    am.relation_vacuum = Some(ddl::relation_vacuum);
+    am.relation_copy_for_cluster = Some(cluster::relation_copy_for_cluster);
+    am.relation_vacuum = Some(vacuum::relation_vacuum);
     am.relation_toast_am = Some(ddl::relation_toast_am);
     am.relation_fetch_toast_slice = Some(fetch::relation_fetch_toast_slice);
     Routine(am)

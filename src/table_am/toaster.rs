@@ -4,6 +4,7 @@
 //! blocks are stored once whatever the row's width; other values, largest first, while the row is above heap's threshold.
 //! After that heapam's own toaster finds nothing to do: what is left above 24 bytes has storage PLAIN.
 
+use crate::pg::relation::OpenRelation;
 use crate::pg::tuple::attribute;
 use crate::pg::varlena::{self, INLINE_BYTES, StandIn, VARHDRSZ};
 use crate::store::{self, Payload, Store};
@@ -22,6 +23,8 @@ pub struct Toaster {
     desc: pg_sys::TupleDesc,
     block_type: pg_sys::Oid,
     store: Option<Store>,
+    /// Another block store out of which values come.
+    other: Option<OpenRelation>,
 }
 
 impl Toaster {
@@ -29,7 +32,7 @@ impl Toaster {
     pub fn new(rel: pg_sys::Relation) -> Toaster {
         // SAFETY: `rel` is open; the handler of its access method lives in the extension's schema.
         let (desc, block_type) = unsafe { ((*rel).rd_att, block_type_beside((*rel).rd_amhandler)) };
-        Toaster { rel, desc, block_type, store: None }
+        Toaster { rel, desc, block_type, store: None, other: None }
     }
 
     /// Forms the row of `values` and `isnull`, with stand-ins for what went to the store. Allocates in the current memory
@@ -83,17 +86,38 @@ impl Toaster {
     }
 
     /// A TOAST pointer as it may stand in a row of this table: a stand-in if its payload is in this table's store
-    /// already, else the value itself.
+    /// already, also if it points to the same content in another one, which is then not read; else the value itself.
     unsafe fn take_in(&mut self, datum: *mut pg_sys::varlena) -> pg_sys::Datum {
         // SAFETY: `datum` is a TOAST pointer of some kind.
         unsafe {
             if let Some((reference, store)) = varlena::toast_pointer(datum)
-                && store == (*(*self.rel).rd_rel).reltoastrelid
-                && self.store().is_some_and(|s| s.holds(&reference))
+                && self.store().is_some()
             {
-                return copy_to_context(&reference.to_bytes());
+                let found = if store == (*(*self.rel).rd_rel).reltoastrelid {
+                    self.store().filter(|s| s.holds(&reference)).map(|_| reference)
+                } else {
+                    self.like_in(store, &reference)
+                };
+                if let Some(found) = found {
+                    return copy_to_context(&found.to_bytes());
+                }
             }
             pg_sys::Datum::from(pg_sys::detoast_external_attr(datum))
+        }
+    }
+
+    /// The block of this table's store with the content of a block of the TOAST relation `oid`, if that is a block store.
+    unsafe fn like_in(&mut self, oid: pg_sys::Oid, reference: &StandIn) -> Option<StandIn> {
+        // SAFETY: open relations.
+        unsafe {
+            if self.other.as_ref().is_none_or(|other| (*other.raw()).rd_id != oid) {
+                self.other = Some(OpenRelation::table(oid, pg_sys::AccessShareLock));
+            }
+            let other = self.other.as_ref()?.raw();
+            if (*other).rd_amhandler != (*self.rel).rd_amhandler {
+                return None;
+            }
+            self.store.as_ref()?.find_like(other, reference)
         }
     }
 
