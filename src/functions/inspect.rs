@@ -13,20 +13,8 @@ sql_functions!(store_totals);
 fn store_totals(call: &Call) -> pg_sys::Datum {
     let oid: pg_sys::Oid = call.need(0, "relation");
     let table = OpenRelation::table(oid, pg_sys::AccessShareLock);
-    // SAFETY: open relation; syscache look-ups.
-    let store_oid = unsafe {
-        check_readable(oid);
-        let am = pg_sys::get_am_name((*(*table.raw()).rd_rel).relam);
-        if am.is_null() || std::ffi::CStr::from_ptr(am) != c"tensor_block" {
-            error::raise(
-                PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE,
-                "relation has no block store",
-                "Its access method is not tensor_block.",
-                "Name a table that was created USING tensor_block.",
-            );
-        }
-        (*(*table.raw()).rd_rel).reltoastrelid
-    };
+    check_readable(oid);
+    let store_oid = open_store(table.raw());
     let (blocks, bytes, pages) = if store_oid == pg_sys::InvalidOid {
         (0, 0, 0)
     } else {
@@ -48,8 +36,26 @@ fn store_totals(call: &Call) -> pg_sys::Datum {
     )
 }
 
+/// The block store of an open table; `InvalidOid` if it has none. Tables of another access method are refused.
+pub fn open_store(table: pg_sys::Relation) -> pg_sys::Oid {
+    // SAFETY: open relation; syscache look-ups.
+    unsafe {
+        let am = pg_sys::get_am_name((*(*table).rd_rel).relam);
+        let is_toast = (*(*table).rd_rel).relkind == pg_sys::RELKIND_TOASTVALUE as std::ffi::c_char;
+        if am.is_null() || std::ffi::CStr::from_ptr(am) != c"tensor_block" || is_toast {
+            error::raise(
+                PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE,
+                "relation has no block store",
+                if is_toast { "It is one." } else { "Its access method is not tensor_block." },
+                "Name a table that was created USING tensor_block.",
+            );
+        }
+        (*(*table).rd_rel).reltoastrelid
+    }
+}
+
 /// Only who may read a table learns what it holds; the extension's own are told in sum.
-unsafe fn check_readable(oid: pg_sys::Oid) {
+fn check_readable(oid: pg_sys::Oid) {
     if crate::pg::scan::relation_oid(c"tessera", c"weight") == Some(oid) {
         return;
     }

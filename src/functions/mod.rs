@@ -4,6 +4,8 @@ mod block_type;
 mod inspect;
 mod lifecycle;
 mod load;
+mod maintain;
+mod pages;
 mod predict;
 pub mod settings;
 

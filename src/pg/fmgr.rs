@@ -120,3 +120,32 @@ pub fn varlena_datum(parts: &[&[u8]]) -> pg_sys::Datum {
         pg_sys::Datum::from(datum)
     }
 }
+
+/// Rows of a function that is declared `RETURNS TABLE` or `SETOF`, collected in a tuplestore.
+pub struct Rows {
+    store: *mut pg_sys::Tuplestorestate,
+    desc: pg_sys::TupleDesc,
+}
+
+impl Rows {
+    /// Starts the result of the running call.
+    pub fn start(call: &Call) -> Rows {
+        // SAFETY: the call is running; a context that cannot take a set is refused by the server's own error.
+        unsafe {
+            pg_sys::InitMaterializedSRF(call.raw(), 0);
+            let info = (*call.raw()).resultinfo.cast::<pg_sys::ReturnSetInfo>();
+            Rows { store: (*info).setResult, desc: (*info).setDesc }
+        }
+    }
+
+    /// Adds a row: a datum for each column, `None` for NULL.
+    pub fn push(&mut self, row: &[Option<pg_sys::Datum>]) {
+        let mut values: Vec<pg_sys::Datum> = row.iter().map(|v| v.unwrap_or(pg_sys::Datum::from(0))).collect();
+        let mut nulls: Vec<bool> = row.iter().map(Option::is_none).collect();
+        // SAFETY: the SQL declaration has as many columns as the row has values, of their types.
+        unsafe {
+            assert_eq!((*self.desc).natts as usize, row.len(), "columns of the declaration");
+            pg_sys::tuplestore_putvalues(self.store, self.desc, values.as_mut_ptr(), nulls.as_mut_ptr());
+        }
+    }
+}

@@ -14,6 +14,7 @@ pub mod identity;
 pub mod interrupt;
 pub mod large_object;
 pub mod memory;
+pub mod progress;
 pub mod relation;
 pub mod scan;
 pub mod snapshot;

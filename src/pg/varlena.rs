@@ -148,6 +148,30 @@ pub unsafe fn payload<'a>(datum: *const pg_sys::varlena) -> &'a [u8] {
     }
 }
 
+/// The plain bytes of a compressed value, of which `stored` is what follows the four-byte header. `Err` says why it cannot
+/// be decompressed.
+pub fn decompress(stored: &[u8], raw_len: u32) -> Result<Vec<u8>, String> {
+    let word = stored.get(..4).map(|w| u32::from_ne_bytes(w.try_into().expect("four bytes"))).unwrap_or(0);
+    if word & SIZE_MASK != raw_len || word >> 30 == STAND_IN_METHOD {
+        return Err("the word of raw size and compression method is wrong".into());
+    }
+    let mut datum = Vec::with_capacity(VARHDRSZ + stored.len() + 8);
+    datum.extend_from_slice(&((((VARHDRSZ + stored.len()) as u32) << 2) | 0x02).to_ne_bytes());
+    datum.extend_from_slice(stored);
+    pgrx::PgTryBuilder::new(std::panic::AssertUnwindSafe(|| {
+        // SAFETY: a compressed varlena; decompression checks every read and write, and raises an ERROR that holds nothing
+        // but memory, so it is caught here.
+        unsafe {
+            let plain = pg_sys::detoast_attr(datum.as_mut_ptr().cast());
+            let bytes = payload(plain).to_vec();
+            pg_sys::pfree(plain.cast());
+            Ok(bytes)
+        }
+    }))
+    .catch_others(|_| Err("the compressed data is corrupt".into()))
+    .execute()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

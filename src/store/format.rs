@@ -290,6 +290,22 @@ pub fn check_map_header(page: &[u8], magic: u32, level: u16) -> Result<(), Forma
     Ok(())
 }
 
+/// The magic of a page that has one where magics are.
+pub fn page_magic(page: &[u8]) -> Option<u32> {
+    let magic = Reader(&page[PAGE_HEADER..]).u32();
+    [META_MAGIC, MAP_MAGIC, LOCATOR_MAGIC, GAP_MAGIC].contains(&magic).then_some(magic)
+}
+
+/// Entries in use of a map page.
+pub fn map_entries(page: &[u8]) -> i64 {
+    (0..MAP_FANOUT).filter(|&at| map_entry(page, at) != 0).count() as i64
+}
+
+/// Locators in use of a locator page.
+pub fn locator_entries(page: &[u8]) -> i64 {
+    (0..LOCATORS).filter(|&slot| Locator::read(page, slot).stored_len() > 0).count() as i64
+}
+
 /// Reads entry `at` of a map page: a page number, 0 where there is none.
 pub fn map_entry(page: &[u8], at: u32) -> u32 {
     let at = PAGE_HEADER + MAP_HEADER + at as usize * 4;
@@ -343,6 +359,12 @@ impl GapPage {
         let (next, count) = (r.u32(), r.u32());
         let gaps = (0..(count as usize).min(GAPS)).map(|_| Gap { start: r.u64(), end: r.u64() }).collect();
         GapPage { next, gaps }
+    }
+
+    /// False for a payload whose bytes happen to begin like a gap page.
+    pub fn is_plausible(&self, pages: u32) -> bool {
+        let limit = position_of(u64::from(pages).next_multiple_of(u64::from(EXTENT_PAGES)) + u64::from(EXTENT_PAGES));
+        self.next < pages && self.gaps.iter().all(|gap| gap.start < gap.end && gap.end <= limit)
     }
 
     /// Writes the content behind the page header.

@@ -12,6 +12,7 @@
 //! metapage -> upper map page -> lower map page -> locator page, by content locks. Payload pages are locked alone. No
 //! heavyweight lock is waited for under a content lock.
 
+pub mod check;
 pub mod copy;
 pub mod directory;
 pub mod fault;
@@ -19,9 +20,11 @@ pub mod format;
 pub mod locators;
 pub mod marks;
 pub mod payload;
+pub mod repack;
 pub mod reserve;
 mod space;
 pub mod sweep;
+pub mod uses;
 
 use crate::pg::relation::{OpenRelation, PageLock};
 use crate::pg::toast_index::ToastIndexes;
@@ -32,6 +35,7 @@ pub use marks::Marks;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::borrow::Cow;
+pub use uses::Uses;
 
 /// Identity of a value's decompressed bytes: `tensor_blocks::block_hash` of a block, [`value_hash`] of any other value.
 pub type Hash = [u8; 32];

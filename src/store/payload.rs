@@ -49,6 +49,18 @@ pub fn write(rel: pg_sys::Relation, page: u32, offset: u32, bytes: &[u8]) {
 
 /// Reads `out.len()` bytes from `offset` behind the header of `page` (the offset may lie pages further).
 pub fn read(rel: pg_sys::Relation, page: u32, offset: u64, out: &mut [u8]) {
+    if let Err(page) = try_read(rel, page, offset, out) {
+        error::raise(
+            PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
+            format!("page {page} of a block store is empty where a block should be"),
+            "",
+            "The table is damaged; restore it from a backup.",
+        );
+    }
+}
+
+/// As [`read`]; `Err` has the number of a page that is empty.
+pub fn try_read(rel: pg_sys::Relation, page: u32, offset: u64, out: &mut [u8]) -> Result<(), u32> {
     let last = page as u64 + (offset + out.len() as u64 - 1) / PAGE_BYTES as u64;
     let first = page as u64 + offset / PAGE_BYTES as u64;
     for ahead in first + 1..=last.min(first + PAGES_PER_CHECK as u64) {
@@ -62,16 +74,12 @@ pub fn read(rel: pg_sys::Relation, page: u32, offset: u64, out: &mut [u8]) {
         let pin = Pinned::read(rel, page);
         let locked = pin.share();
         if is_new(locked.bytes()) {
-            error::raise(
-                PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
-                format!("page {page} of a block store is empty where a block should be"),
-                "",
-                "The table is damaged; restore it from a backup.",
-            );
+            return Err(page);
         }
         let (from, to) = (PAGE_HEADER + at, PAGE_HEADER + at + range.len());
         out[range].copy_from_slice(&locked.bytes()[from..to]);
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -3,13 +3,14 @@
 //! Rows go through heapam's rewrite module, so that old versions keep their chains. Blocks keep their ids, so a row's
 //! stand-ins are copied as they are; the blocks that rows reference are then copied to the new store, packed.
 
+use super::sharing::{self, Tensors};
 use super::slot::{begin_store, end_store, stored_row};
 use super::{call_heapam, index_build, is_store};
 use crate::pg::relation::OpenRelation;
 use crate::pg::tuple::attribute;
 use crate::pg::varlena::{self, StandIn};
 use crate::pg::{error, interrupt};
-use crate::store::{self, Marks};
+use crate::store::{self, Marks, Uses};
 use pgrx::pg_sys;
 use pgrx::pg_sys::{HTSV_Result, ScanDirection};
 use pgrx::prelude::*;
@@ -39,6 +40,10 @@ struct Rewrite {
     values: Vec<pg_sys::Datum>,
     nulls: Vec<bool>,
     marks: Marks,
+    uses: Uses,
+    tensors: Tensors,
+    /// The column that tells a row's tensor.
+    tensor_column: Option<usize>,
 }
 
 impl Rewrite {
@@ -48,6 +53,10 @@ impl Rewrite {
         unsafe {
             pg_sys::heap_deform_tuple(tuple, self.old_desc, self.values.as_mut_ptr(), self.nulls.as_mut_ptr());
             let mut stand_ins = Vec::new();
+            let tensor = self.tensor_column.map_or(0, |column| {
+                let value = (!self.nulls[column]).then(|| self.values[column]);
+                self.tensors.number(value, attribute(self.old_desc, column))
+            });
             for column in 0..self.values.len() {
                 let att = attribute(self.new_desc, column);
                 if (*att).attisdropped {
@@ -66,6 +75,7 @@ impl Rewrite {
                 };
                 if let Some(reference) = reference {
                     self.marks.insert(reference.block_id);
+                    self.uses.add(reference.block_id, tensor);
                 }
             }
             for (column, bytes) in &stand_ins {
@@ -111,6 +121,9 @@ pub unsafe extern "C-unwind" fn relation_copy_for_cluster(
             values: vec![pg_sys::Datum::from(0); natts],
             nulls: vec![true; natts],
             marks: Marks::default(),
+            uses: Uses::default(),
+            tensors: Tensors::default(),
+            tensor_column: sharing::default_tensor_column(old),
         };
         let sort = if use_sort {
             let memory = pg_sys::maintenance_work_mem;
@@ -166,7 +179,7 @@ pub unsafe extern "C-unwind" fn relation_copy_for_cluster(
         let new_store = (*(*new).rd_rel).reltoastrelid;
         if rewrite.store != pg_sys::InvalidOid && new_store != pg_sys::InvalidOid {
             let from = OpenRelation::table(rewrite.store, pg_sys::AccessShareLock);
-            store::copy::copy_blocks(from.raw(), new_store, &rewrite.marks, |blocks| blocks);
+            store::copy::copy_blocks(from.raw(), new_store, &rewrite.marks, |blocks| rewrite.uses.order(blocks));
         } else if !rewrite.marks.is_empty() {
             error::raise(
                 PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
@@ -324,6 +337,5 @@ unsafe fn is_dead(
 }
 
 fn progress(parameter: u32, value: f64) {
-    // SAFETY: writes to this backend's own entry.
-    unsafe { pg_sys::pgstat_progress_update_param(parameter as i32, value as i64) }
+    crate::pg::progress::update(parameter, value as i64);
 }

@@ -14,6 +14,7 @@ mod modify;
 pub mod references;
 mod routine;
 mod scan;
+pub mod sharing;
 mod slot;
 mod toaster;
 mod vacuum;

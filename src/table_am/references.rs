@@ -17,6 +17,12 @@ pub struct Reference {
     pub column: usize,
 }
 
+impl std::fmt::Display for Reference {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "The row is at ({},{}), column {}.", self.page, self.offset, self.column + 1)
+    }
+}
+
 /// Calls `f` with each stand-in of the open table `rel`, also of dead tuples and of dropped columns, and `pause` between
 /// pages. Visibility does not count here, so that a page that is all-visible is read as well.
 pub fn for_each_reference(rel: pg_sys::Relation, pause: impl Fn(), mut f: impl FnMut(Reference)) {
