@@ -43,6 +43,8 @@ CREATE TABLE tessera.model_version (
     CONSTRAINT model_version_pkey PRIMARY KEY (id),
     CONSTRAINT model_version_key UNIQUE (model, version)
 );
+CREATE INDEX model_version_content ON tessera.model_version (content_hash);
+COMMENT ON INDEX tessera.model_version_content IS 'finds a version with the same content, whose tensors need not be stored again';
 COMMENT ON TABLE tessera.model_version IS 'versions of models';
 
 CREATE SEQUENCE tessera.tensor_id_seq;

@@ -6,5 +6,5 @@ mod read;
 mod write;
 
 pub use names::{ModelSpec, check_name};
-pub use read::{graph, read_tensor, resolve, tensors};
+pub use read::{graph, read_tensor, resolve, signature_of_content, tensors};
 pub use write::{NewVersion, activate, drop_model, drop_orphans, rename, store};

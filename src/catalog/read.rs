@@ -99,6 +99,14 @@ pub fn resolve(spec: &ModelSpec<'_>) -> VersionRow {
     })
 }
 
+/// The signature of a stored version with this content, whosever it is; `None` if there is none that the snapshot sees.
+pub fn signature_of_content(content_hash: &[u8; 32]) -> Option<serde_json::Value> {
+    let index = relation_oid(SCHEMA, c"model_version_content")?;
+    by_index(relation(c"model_version"), index, &[Key::Bytea(content_hash)], |row| {
+        ControlFlow::Break(column::<pgrx::JsonB>(row, 6, "a version has no signature").0)
+    })
+}
+
 pub(super) fn no_such_model(name: &str) -> ! {
     error::raise(
         PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT,

@@ -7,10 +7,12 @@ use crate::pg::large_object::LargeObject;
 use crate::pg::{error, interrupt};
 use inference::error::ModelError;
 use inference::onnx::{self, ExternalData, FolderExternalData, NoExternalData, StoredTensor};
+use inference::plan::Plan;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 sql_functions!(load_model, load_model_from_file, load_model_from_large_object);
 
@@ -63,19 +65,16 @@ fn load(name: &str, model: &[u8], external: &mut dyn ExternalData, block_bytes: 
     let graph_hash = *blake3::hash(&stripped.graph).as_bytes();
     let content_hash = content_hash(&graph_hash, &stripped.tensors);
 
-    // Compiling is the check that the model can be run; the plan serves this session's first prediction.
-    let mut fetch = |ordinal: u32, out: &mut Vec<u8>| {
-        interrupt::check();
-        let tensor = stripped
-            .tensors
-            .get(ordinal as usize)
-            .ok_or_else(|| ModelError::internal(format!("tensor {ordinal} of the graph was not stripped")))?;
-        out.extend_from_slice(&tensor.data);
-        Ok(())
-    };
-    let plan = predict::compile(&stripped.graph, &mut fetch);
     let loaded_bytes = model.len() as u64 + external_bytes(model, &stripped.tensors);
-    let signature = serde_json::to_value(plan.signature()).unwrap_or_default();
+    // Compiling is the check that the model can be run; the plan serves this session's first prediction. What was loaded
+    // before has passed it.
+    let (signature, plan) = match catalog::signature_of_content(&content_hash) {
+        Some(signature) => (signature, None),
+        None => {
+            let plan = compile(&stripped);
+            (serde_json::to_value(plan.signature()).unwrap_or_default(), Some(plan))
+        }
+    };
     let version = catalog::store(
         name,
         &NewVersion {
@@ -88,8 +87,23 @@ fn load(name: &str, model: &[u8], external: &mut dyn ExternalData, block_bytes: 
             block_bytes: block_bytes as usize,
         },
     );
-    predict::remember(content_hash, plan);
+    if let Some(plan) = plan {
+        predict::remember(content_hash, plan);
+    }
     pg_sys::Datum::from(version)
+}
+
+fn compile(stripped: &onnx::Stripped<'_>) -> Arc<Plan> {
+    let mut fetch = |ordinal: u32, out: &mut Vec<u8>| {
+        interrupt::check();
+        let tensor = stripped
+            .tensors
+            .get(ordinal as usize)
+            .ok_or_else(|| ModelError::internal(format!("tensor {ordinal} of the graph was not stripped")))?;
+        out.extend_from_slice(&tensor.data);
+        Ok(())
+    };
+    predict::compile(&stripped.graph, &mut fetch)
 }
 
 /// Identity of graph and tensors together: what a compiled plan is kept under.

@@ -6,13 +6,13 @@ use super::format::{
 };
 use super::reserve::{Full, Reservation, place, plan};
 use super::space;
-use crate::pg::buffer::{Exclusive, Pinned, init_page, is_new};
+use crate::pg::buffer::{BLCKSZ, Exclusive, Pinned, init_page, is_new};
 use crate::pg::wal::GenericRecord;
 use crate::pg::{error, relation};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
-pub(super) const META_PAGE: u32 = 0;
+pub const META_PAGE: u32 = 0;
 const UPPER: u16 = 2;
 const LOWER: u16 = 1;
 const LEAF: u16 = 0;
@@ -39,16 +39,37 @@ pub fn ensure_meta(rel: pg_sys::Relation, model: Option<&Meta>) -> Meta {
     if !is_new(page.bytes()) {
         return meta_of(rel, page.bytes()); // somebody else was faster
     }
-    let meta = match model {
-        Some(model) => Meta { next_block_id: model.next_block_id, ..Meta::new(model.hash_key) },
-        None => Meta::new(random_key()),
-    };
+    let meta = model.map_or_else(|| Meta::new(random_key()), successor);
     let record = GenericRecord::start(rel);
     let copy = record.page(&mut page, true);
     init_page(copy);
     meta.write(copy);
     record.finish();
     meta
+}
+
+/// The metapage of an empty store that goes on where `old` is.
+fn successor(old: &Meta) -> Meta {
+    Meta { next_block_id: old.next_block_id, ..Meta::new(old.hash_key) }
+}
+
+/// The metapage, as bytes, of an empty store that goes on where `old` is. Aligned as the storage manager wants it.
+pub fn first_page(old: &Meta) -> Box<AlignedPage> {
+    let mut page = Box::new(AlignedPage([0; BLCKSZ]));
+    init_page(&mut page.0);
+    successor(old).write(&mut page.0);
+    page
+}
+
+/// Bytes of a page at an address that direct I/O could use.
+#[repr(align(4096))]
+pub struct AlignedPage([u8; BLCKSZ]);
+
+impl AlignedPage {
+    /// The bytes, for calls into PostgreSQL.
+    pub fn as_mut_ptr(&mut self) -> *mut u8 {
+        self.0.as_mut_ptr()
+    }
 }
 
 fn random_key() -> [u8; 32] {
@@ -76,16 +97,33 @@ fn write_meta(rel: pg_sys::Relation, page: &mut Exclusive<'_>, meta: &Meta) {
     record.finish();
 }
 
+/// The place of a block's locator, its page pinned: it can be read again without a way through the tree.
+pub struct Place {
+    pin: Pinned,
+    slot: u32,
+}
+
+impl Place {
+    /// The place of the locator of block `block_id`; `None` if the store has no page for it.
+    pub fn of(rel: pg_sys::Relation, block_id: u32) -> Option<Place> {
+        let meta = read_meta(rel)?;
+        let path = Path::of(block_id);
+        let leaf = leaf_page(rel, &meta, &path)?;
+        let pin = Pinned::read(rel, leaf);
+        check(rel, leaf, check_map_header(pin.share().bytes(), LOCATOR_MAGIC, LEAF));
+        Some(Place { pin, slot: path.slot })
+    }
+
+    /// The locator as it is now; `None` if there is no block.
+    pub fn read(&self) -> Option<Locator> {
+        let locator = Locator::read(self.pin.share().bytes(), self.slot);
+        (locator.stored_len() > 0).then_some(locator)
+    }
+}
+
 /// The locator of a block, whatever its state; `None` if the store has no such block.
 pub fn find(rel: pg_sys::Relation, block_id: u32) -> Option<Locator> {
-    let meta = read_meta(rel)?;
-    let path = Path::of(block_id);
-    let leaf = leaf_page(rel, &meta, &path)?;
-    let pin = Pinned::read(rel, leaf);
-    let page = pin.share();
-    check(rel, leaf, check_map_header(page.bytes(), LOCATOR_MAGIC, LEAF));
-    let locator = Locator::read(page.bytes(), path.slot);
-    (locator.stored_len() > 0).then_some(locator)
+    Place::of(rel, block_id)?.read()
 }
 
 /// Changes the locator of a block under its page's exclusive lock: `f` returns the new one, or `None` to leave it. Returns

@@ -186,8 +186,9 @@ pub fn fetch(rel: pg_sys::Relation, block_id: u32, stored_len: u32, offset: u32,
     if out.is_empty() {
         return;
     }
+    let Some(place) = locators::Place::of(rel, block_id) else { no_such_block(rel, block_id) };
     loop {
-        let Some(locator) = locators::find(rel, block_id).filter(|l| l.state() == Some(State::Live)) else {
+        let Some(locator) = place.read().filter(|l| l.state() == Some(State::Live)) else {
             no_such_block(rel, block_id)
         };
         let end = u64::from(offset) + out.len() as u64;
@@ -202,8 +203,7 @@ pub fn fetch(rel: pg_sys::Relation, block_id: u32, stored_len: u32, offset: u32,
         let start = u64::from(locator.offset) + u64::from(offset);
         payload::read(rel, locator.page, start, out);
         // A block may be moved when pages are packed anew: what was copied counts only if the locator still says so.
-        let now = locators::find(rel, block_id);
-        if now.is_some_and(|now| now.version == locator.version && now.page == locator.page) {
+        if place.read().is_some_and(|now| now.version == locator.version && now.page == locator.page) {
             return;
         }
         interrupt::check();

@@ -63,9 +63,13 @@ pub fn read(rel: pg_sys::Relation, page: u32, offset: u64, out: &mut [u8]) {
 pub fn try_read(rel: pg_sys::Relation, page: u32, offset: u64, out: &mut [u8]) -> Result<(), u32> {
     let last = page as u64 + (offset + out.len() as u64 - 1) / PAGE_BYTES as u64;
     let first = page as u64 + offset / PAGE_BYTES as u64;
-    for ahead in first + 1..=last.min(first + PAGES_PER_CHECK as u64) {
+    // A payload is written and read as a whole: if its last page is in memory, the others most probably are.
+    for ahead in (first + 1..=last.min(first + PAGES_PER_CHECK as u64)).rev() {
         // SAFETY: `rel` is open; a prefetch past the end is ignored.
-        unsafe { pg_sys::PrefetchBuffer(rel, pg_sys::ForkNumber::MAIN_FORKNUM, ahead as u32) };
+        let found = unsafe { pg_sys::PrefetchBuffer(rel, pg_sys::ForkNumber::MAIN_FORKNUM, ahead as u32) };
+        if found.recent_buffer != pg_sys::InvalidBuffer as pg_sys::Buffer {
+            break;
+        }
     }
     for (i, (page, at, range)) in pieces(page, offset, out.len()).enumerate() {
         if i % PAGES_PER_CHECK == PAGES_PER_CHECK - 1 {

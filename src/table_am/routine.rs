@@ -41,6 +41,15 @@ fn build() -> Routine {
     am.index_build_range_scan = Some(index_build::index_build_range_scan);
     am.index_validate_scan = Some(index_validate::index_validate_scan);
 
+    #[cfg(any(feature = "pg14", feature = "pg15"))]
+    {
+        am.relation_set_new_filenode = Some(ddl::relation_set_new_file);
+    }
+    #[cfg(not(any(feature = "pg14", feature = "pg15")))]
+    {
+        am.relation_set_new_filelocator = Some(ddl::relation_set_new_file);
+    }
+    am.relation_nontransactional_truncate = Some(ddl::relation_nontransactional_truncate);
     am.relation_copy_for_cluster = Some(cluster::relation_copy_for_cluster);
     am.relation_vacuum = Some(vacuum::relation_vacuum);
     am.relation_toast_am = Some(ddl::relation_toast_am);
