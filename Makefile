@@ -1,7 +1,7 @@
 # Every command of the project. `make help` lists them.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint setup models build start stop psql env install uninstall bench clean
+.PHONY: help demo test test-full lint setup models build start stop psql env install uninstall bench bench-storage clean
 
 help: ## lists these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ lint: setup ## formatting, and clippy with warnings as errors
 
 bench: models build ## rows/s and MB/s beside PL/Python with ONNX Runtime, in one interleaved run
 	@benches/run
+
+bench-storage: models build ## what the block store costs beside heap: loads, WAL, reads
+	@benches/run-storage
 
 setup: ## installs what is missing: packages, cargo-pgrx, private servers, Python packages
 	@scripts/setup

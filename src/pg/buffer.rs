@@ -156,3 +156,16 @@ pub fn init_page(page: &mut [u8]) {
     let size_version = (BLCKSZ as u16) | pg_sys::PG_PAGE_LAYOUT_VERSION as u16;
     page[at..at + 2].copy_from_slice(&size_version.to_ne_bytes());
 }
+
+/// Makes what lies behind `end` the page's hole (`pd_lower`): it is zero, and PostgreSQL leaves it out of images.
+pub fn set_content_end(page: &mut [u8], end: usize) {
+    assert!((PAGE_HEADER..=BLCKSZ).contains(&end));
+    let at = std::mem::offset_of!(pg_sys::PageHeaderData, pd_lower);
+    page[at..at + 2].copy_from_slice(&(end as u16).to_ne_bytes());
+}
+
+/// The position behind a page's content: `pd_lower`.
+pub fn content_end(page: &[u8]) -> usize {
+    let at = std::mem::offset_of!(pg_sys::PageHeaderData, pd_lower);
+    usize::from(u16::from_ne_bytes([page[at], page[at + 1]]))
+}

@@ -1,7 +1,7 @@
 //! Changes to pages, logged. Two ways, as in DESIGN "WAL": small changes by generic WAL, freshly filled pages as full
 //! images by the core's own record, so that replay needs no code of this extension.
 
-use super::buffer::{Exclusive, init_page};
+use super::buffer::{Exclusive, init_page, set_content_end};
 use super::relation;
 use pgrx::pg_sys;
 
@@ -39,8 +39,9 @@ impl GenericRecord {
     }
 }
 
-/// Fills a new page by `fill`, and logs it as a full image (`log_newpage_buffer`) where the relation needs WAL.
-pub fn write_new_page(rel: pg_sys::Relation, page: &mut Exclusive<'_>, fill: impl FnOnce(&mut [u8])) {
+/// Fills the bytes `24 .. end` of a new page by `fill`, and logs it as a full image (`log_newpage_buffer`) where the
+/// relation needs WAL. What is behind `end` stays zero and is left out of the image, as the page's hole.
+pub fn write_new_page(rel: pg_sys::Relation, page: &mut Exclusive<'_>, end: usize, fill: impl FnOnce(&mut [u8])) {
     let logged = relation::needs_wal(rel);
     let buffer = page.raw();
     // SAFETY: a critical section as START_CRIT_SECTION makes it: no ERROR may leave it, and nothing between the two
@@ -49,11 +50,11 @@ pub fn write_new_page(rel: pg_sys::Relation, page: &mut Exclusive<'_>, fill: imp
         pg_sys::CritSectionCount += 1;
         let bytes = page.bytes_mut();
         init_page(bytes);
+        set_content_end(bytes, end);
         fill(bytes);
         pg_sys::MarkBufferDirty(buffer);
         if logged {
-            // Not page_std: the page has no hole, and a full image is wanted.
-            pg_sys::log_newpage_buffer(buffer, false);
+            pg_sys::log_newpage_buffer(buffer, true);
         }
         pg_sys::CritSectionCount -= 1;
     }

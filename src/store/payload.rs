@@ -1,6 +1,6 @@
 //! Payload bytes: runs of pages whose 8,168 bytes behind the header follow each other without gaps.
 
-use crate::pg::buffer::{PAGE_BYTES, PAGE_HEADER, Pinned, is_new};
+use crate::pg::buffer::{PAGE_BYTES, PAGE_HEADER, Pinned, content_end, is_new, set_content_end};
 use crate::pg::wal::{GenericRecord, write_new_page};
 use crate::pg::{error, interrupt};
 use pgrx::pg_sys;
@@ -27,8 +27,8 @@ fn pieces(page: u32, offset: u64, len: usize) -> impl Iterator<Item = (u32, usiz
 
 /// Writes a payload to space that was reserved for it and that the file already has.
 ///
-/// A page that nobody has written yet, or that is written whole, is logged as a full image; a page that holds the end of
-/// the block before is changed by generic WAL. Neighbours write to the same page under its exclusive lock, each only its own bytes.
+/// A page that nobody has written yet, or that is written whole, is logged as a full image, which leaves out what is not
+/// filled yet; a page that holds the end of the block before is changed by generic WAL. So each byte is logged once. Neighbours write to the same page under its exclusive lock, each only its own bytes.
 pub fn write(rel: pg_sys::Relation, page: u32, offset: u32, bytes: &[u8]) {
     for (i, (page, at, range)) in pieces(page, u64::from(offset), bytes.len()).enumerate() {
         if i % PAGES_PER_CHECK == PAGES_PER_CHECK - 1 {
@@ -38,10 +38,14 @@ pub fn write(rel: pg_sys::Relation, page: u32, offset: u32, bytes: &[u8]) {
         let pin = Pinned::read(rel, page);
         let mut locked = pin.exclusive();
         if is_new(locked.bytes()) || range.len() == PAGE_BYTES {
-            write_new_page(rel, &mut locked, |p| p[from..to].copy_from_slice(&bytes[range]));
+            write_new_page(rel, &mut locked, to, |p| p[from..to].copy_from_slice(&bytes[range]));
         } else {
             let record = GenericRecord::start(rel);
-            record.page(&mut locked, false)[from..to].copy_from_slice(&bytes[range]);
+            let copy = record.page(&mut locked, false);
+            if content_end(copy) < to {
+                set_content_end(copy, to);
+            }
+            copy[from..to].copy_from_slice(&bytes[range]);
             record.finish();
         }
     }
