@@ -14,10 +14,6 @@ use super::sharing::Sharing;
 use super::stage_two::{Group, Seed, StageTwo};
 use super::{anneal, stage_two};
 use std::cmp::Reverse;
-use std::collections::VecDeque;
-
-/// Pages among which one is looked for that starts where it should.
-const LOOK_AHEAD: usize = 64;
 
 /// Pages of a class that are open for smaller blocks while it fills pages.
 const OPEN_PAGES: usize = 32;
@@ -145,7 +141,7 @@ impl Store {
         self.page_bytes / 32
     }
 
-    /// The blocks of `full` and `mixed` pages in an order that the store cuts into these pages again, where one is found.
+    /// The blocks of `full` and `mixed` pages in an order that the store cuts into these pages again, if it can be had.
     fn order_of_pages(&self, full: &[Vec<u32>], mixed: &[Vec<u32>]) -> Vec<u32> {
         let used = |page: &[u32]| page.iter().map(|&block| self.rooms[block as usize]).sum::<u64>();
         let mut mixed: Vec<Vec<u32>> = mixed.to_vec();
@@ -154,20 +150,15 @@ impl Store {
                 (Reverse(self.rooms[block as usize]), self.sharing.class_of[block as usize], block)
             });
         }
-        // Pages with room to spare come last, where nothing is pulled forward into them.
-        mixed.sort_by_key(|page| Reverse(used(page)));
-        let mut pages: VecDeque<&[u32]> = full.iter().chain(&mixed).map(Vec::as_slice).collect();
-        let mut filler = Filler::new(self.page_bytes);
-        let mut order = Vec::with_capacity(self.rooms.len());
-        while !pages.is_empty() {
-            let starts = |page: &&[u32]| page.first().is_none_or(|&block| !filler.fits(self.bytes[block as usize]));
-            let at = pages.iter().take(LOOK_AHEAD).position(starts).unwrap_or(0);
-            for &block in pages.remove(at).unwrap_or_default() {
-                filler.add(self.bytes[block as usize]);
-                order.push(block);
-            }
-        }
-        order
+        // A page whose largest block would not fit once more takes none from a page that starts with a larger one:
+        // such pages come first, ascending. Those with room to spare come last, the fullest of them first.
+        let largest = |page: &[u32]| page.first().map_or(0, |&block| self.rooms[block as usize]);
+        let mut pages: Vec<&[u32]> = full.iter().chain(&mixed).map(Vec::as_slice).collect();
+        pages.sort_by_cached_key(|page| match used(page) + largest(page) > self.page_bytes {
+            true => (false, largest(page)),
+            false => (true, u64::MAX - used(page)),
+        });
+        pages.concat()
     }
 
     /// Pages read when every tensor is read once, and pages taken.

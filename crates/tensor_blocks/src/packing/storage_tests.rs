@@ -136,6 +136,35 @@ fn small_blocks_do_not_cut_classes_elsewhere() {
     assert_eq!((reads.pages, reads.amplification()), (24, 1.0));
 }
 
+/// Pages that are full of small blocks, among pages that have room for some more of these.
+#[test]
+fn pages_of_small_blocks_stay_whole() {
+    // 41 small blocks or 8 large ones to a page. The tensor with more blocks would come first.
+    for large in [8, 96] {
+        let blocks: Blocks = [vec![(80, vec![6]); large], vec![(16, vec![5]); 82]].concat();
+        let reads = page_reads(&uses(&blocks), &storage_order(&uses(&blocks), 664), 664);
+        assert_eq!((reads.pages, reads.amplification()), (2 + large as u64 / 8, 1.0), "{large} large ones");
+    }
+}
+
+/// Thousands of classes, too many for exchanges alone to bring the similar ones together.
+#[test]
+fn similar_classes_meet_on_pages() {
+    let mut random = Random(17);
+    let blocks: Blocks = (0..20_000)
+        .map(|_| {
+            // One of 2,500 groups of tensors, and of these some may be missing.
+            let group = random.below(2_500) as u64 * 4;
+            (65_548, (group..group + 4).filter(|_| random.below(8) > 0).collect())
+        })
+        .collect();
+    let uses = uses(&blocks);
+    let amplification = |order: &[u32]| page_reads(&uses, order, TENSOR_PAGE_BYTES).amplification();
+    let packed = amplification(&storage_order(&uses, TENSOR_PAGE_BYTES));
+    let as_given = amplification(&(0..20_000).collect::<Vec<u32>>());
+    assert!(as_given > 5.0 && packed < 1.3, "{as_given} as given, {packed} packed");
+}
+
 #[test]
 fn odd_inputs() {
     let order = |blocks: Blocks, page_bytes| storage_order(&uses(&blocks), page_bytes);
