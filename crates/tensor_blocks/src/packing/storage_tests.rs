@@ -139,10 +139,10 @@ fn small_blocks_do_not_cut_classes_elsewhere() {
 /// Pages that are full of small blocks, among pages that have room for some more of these.
 #[test]
 fn pages_of_small_blocks_stay_whole() {
-    // 41 small blocks or 8 large ones to a page. The tensor with more blocks would come first.
-    for large in [8, 96] {
-        let blocks: Blocks = [vec![(80, vec![6]); large], vec![(16, vec![5]); 82]].concat();
-        let reads = page_reads(&uses(&blocks), &storage_order(&uses(&blocks), 664), 664);
+    // 162 small blocks or 8 large ones to a page. The tensor with more blocks would come first.
+    for large in [8, 400] {
+        let blocks: Blocks = [vec![(320, vec![6]); large], vec![(16, vec![5]); 324]].concat();
+        let reads = page_reads(&uses(&blocks), &storage_order(&uses(&blocks), 2600), 2600);
         assert_eq!((reads.pages, reads.amplification()), (2 + large as u64 / 8, 1.0), "{large} large ones");
     }
 }
