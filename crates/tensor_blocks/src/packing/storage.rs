@@ -35,7 +35,7 @@ pub fn storage_order(blocks: &[BlockUse], page_bytes: u64) -> Vec<u32> {
 
 /// [`storage_order`] that ends early, with `None`, when `go_on` says false.
 ///
-/// It is asked every few milliseconds while there are few references, and every 0.1 s with some millions.
+/// It is asked every few milliseconds while there are few references, and within half a second with 2.5 million.
 pub fn storage_order_until(blocks: &[BlockUse], page_bytes: u64, go_on: &mut dyn FnMut() -> bool) -> Option<Vec<u32>> {
     let store = Store {
         sharing: Sharing::until(blocks.iter().map(|block| block.tensors), go_on)?,
