@@ -32,10 +32,27 @@ pub unsafe extern "C-unwind" fn index_build_range_scan(
     // SAFETY: PostgreSQL passes open relations, a filled IndexInfo and its own callback.
     unsafe {
         if is_store(table) {
-            return build_directory(table, index, callback, state);
+            if scan.is_null() {
+                return build_directory(table, index, callback, state);
+            }
+            // A parallel build: the first participant reads the locators, the others have nothing to add.
+            let entries = if is_first(scan) { build_directory(table, index, callback, state) } else { 0.0 };
+            call_heapam!(scan_end(scan));
+            return entries;
         }
         let range = (!allow_sync).then_some((start_block, blocks));
         build_rows(table, index, info, range, anyvisible, progress, callback, state, scan)
+    }
+}
+
+/// True for one participant of a parallel scan.
+unsafe fn is_first(scan: pg_sys::TableScanDesc) -> bool {
+    // SAFETY: a parallel scan that heapam began: the counter of pages that it hands out lies in shared memory, starts at 0,
+    // and is changed by atomic operations only.
+    unsafe {
+        let shared = (*scan).rs_parallel.cast::<pg_sys::ParallelBlockTableScanDescData>();
+        let handed_out = std::sync::atomic::AtomicU64::from_ptr((&raw mut (*shared).phs_nallocated).cast());
+        handed_out.fetch_add(1, std::sync::atomic::Ordering::AcqRel) == 0
     }
 }
 

@@ -20,6 +20,8 @@ mod toaster;
 mod vacuum;
 
 #[cfg(any(test, feature = "pg_test"))]
+mod change_tests;
+#[cfg(any(test, feature = "pg_test"))]
 mod tests;
 
 use pgrx::pg_sys;

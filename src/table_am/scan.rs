@@ -14,8 +14,12 @@ pub unsafe extern "C-unwind" fn scan_begin(
     parallel: pg_sys::ParallelTableScanDesc,
     flags: u32,
 ) -> pg_sys::TableScanDesc {
-    // SAFETY: PostgreSQL passes an open relation.
-    unsafe { refuse_store(rel, "a scan") };
+    // A parallel scan of a store is begun by the parallel build of its directory, which reads no rows (index_build.rs);
+    // anybody else is refused at the first row.
+    if parallel.is_null() {
+        // SAFETY: PostgreSQL passes an open relation.
+        unsafe { refuse_store(rel, "a scan") };
+    }
     call_heapam!(scan_begin(rel, snapshot, nkeys, key, parallel, flags))
 }
 
@@ -25,6 +29,7 @@ macro_rules! next_into {
         // SAFETY: PostgreSQL passes a running scan and a slot made by table_slot_create for its table.
         unsafe {
             let rel = (*$scan).rs_rd;
+            refuse_store(rel, "a scan");
             let $inner = begin_store($slot, rel);
             let found = $call;
             if found {

@@ -215,27 +215,6 @@ mod tests {
     }
 
     #[pg_test]
-    fn update_is_refused() {
-        setup();
-        Spi::run("INSERT INTO t VALUES (1, 'x')").expect("insert");
-        is_refused("UPDATE t SET k = 2");
-    }
-
-    #[pg_test]
-    fn on_conflict_is_refused() {
-        setup();
-        Spi::run("CREATE UNIQUE INDEX ON t (k)").expect("index");
-        is_refused("INSERT INTO t VALUES (1, 'x') ON CONFLICT DO NOTHING");
-    }
-
-    #[pg_test]
-    fn cluster_is_refused() {
-        setup();
-        Spi::run("CREATE INDEX t_k ON t (k)").expect("index");
-        is_refused("CLUSTER t USING t_k");
-    }
-
-    #[pg_test]
     fn a_block_store_is_no_table() {
         setup();
         Spi::run("INSERT INTO t VALUES (1, noise(70000, 1))").expect("insert");

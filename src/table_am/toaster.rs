@@ -64,8 +64,10 @@ impl Toaster {
             }
 
             // Others by size: first those with storage EXTENDED and EXTERNAL, then MAIN.
-            for main in [false, true] {
-                while self.row_bytes(&mut values, isnull) > ROW_THRESHOLD {
+            let wide = self.row_bytes(&mut values, isnull) > ROW_THRESHOLD;
+            let target = self.row_target();
+            for main in [false, true].into_iter().filter(|_| wide) {
+                while self.row_bytes(&mut values, isnull) > target {
                     let widest = (0..natts)
                         .filter(|&i| varlena(i) && leaves_last(attribute(desc, i)) == Some(main))
                         .map(|i| (varlena::size_in_row(values[i].cast_mut_ptr()), i))
@@ -142,6 +144,15 @@ impl Toaster {
             let Some(store) = self.store() else { return value };
             let stand_in = store.put(&hash, raw.len() as u32, || payload_of(datum, plain, raw, att));
             copy_to_context(&stand_in.to_bytes())
+        }
+    }
+
+    /// Bytes that a wide row is to be brought down to: the table's `toast_tuple_target`.
+    fn row_target(&self) -> usize {
+        // SAFETY: open relation; options of a table are StdRdOptions.
+        unsafe {
+            let options = (*self.rel).rd_options.cast::<pg_sys::StdRdOptions>();
+            if options.is_null() { ROW_THRESHOLD } else { (*options).toast_tuple_target as usize }
         }
     }
 
