@@ -1,6 +1,6 @@
 """Compares the results of PostgreSQL's own suites with tensor_block to those with heap: scripts/pg-regress runs them.
 
-    pg_regress.py HOME SUITE...      HOME/results/ACCESS_METHOD/SUITE and HOME/results/ACCESS_METHOD/server.log
+    pg_regress.py HOME SUITE[,SUITE] [TEST...]      HOME/results/ACCESS_METHOD/SUITE and HOME/results/ACCESS_METHOD/server.log
 
 A test passes if pg_regress found its output to be the expected one, or if it is what it was with heap. Other outputs are
 compared with heap's by `diff -w -U3`, and each hunk has to be in pg_test/regress/SUITE/TEST.diff, where it is given with
@@ -61,19 +61,22 @@ def difference(heap: Path, ours: Path) -> list[Hunk]:
 
 
 def outcomes(results: Path) -> dict[str, str]:
-    return dict(OUTCOME.findall((results / "summary.txt").read_text()))
+    summary = (results / "summary.txt").read_text()
+    if not re.search(r"^ (All \d+ tests passed|\d+ of \d+ tests)", summary, re.M):
+        raise SystemExit(f"{results.name} with {results.parent.name} did not come to its end: {results}/summary.txt")
+    return dict(OUTCOME.findall(summary))
 
 
-def compare(home: Path, suite: str) -> tuple[int, int]:
-    """Prints what became of each test; returns how many passed and how many failed."""
+def compare(home: Path, suite: str, only: list[str]) -> tuple[int, int]:
+    """Prints what became of each test, or of those in `only`; returns how many passed and how many failed."""
     heap, ours = (home / "results" / method / suite for method in ("heap", "tensor_block"))
     before, after = outcomes(heap), outcomes(ours)
     unexpected = home / "unexpected" / suite
     unexpected.mkdir(parents=True, exist_ok=True)
     same, allowed, failed = [], [], {}
-    for test, outcome in before.items():
+    for test in only or {**before, **after}:
         file = f"results/{test}.out"
-        found = difference(heap / file, ours / file) if test in after and after[test] != "ok" else []
+        found = difference(heap / file, ours / file) if test in before and after.get(test, "ok") != "ok" else []
         listed = ALLOWED / suite / f"{test}.diff"
         permitted = hunks_of(listed.read_text()) if listed.exists() else []
         other = []
@@ -83,8 +86,8 @@ def compare(home: Path, suite: str) -> tuple[int, int]:
                 match.seen = True
             else:
                 other.append(hunk)
-        if test not in after:
-            failed[test] = "did not run"
+        if test not in after or test not in before:
+            failed[test] = f"did not run with {'heap' if test in after else 'tensor_block'}"
         elif other:
             failed[test] = f"{len(other)} of {len(found)} differences are not allowed"
             text = "".join("# \n@@\n" + "\n".join(hunk.lines) + "\n" for hunk in other)
@@ -113,11 +116,11 @@ def crashes(log: Path) -> list[str]:
 
 
 def main() -> int:
-    home, suites = Path(sys.argv[1]), sys.argv[2:]
+    home, suites, only = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:]
     shutil.rmtree(home / "unexpected", ignore_errors=True)
     passed = failed = 0
     for suite in suites:
-        good, bad = compare(home, suite)
+        good, bad = compare(home, suite, only)
         passed, failed = passed + good, failed + bad
     for method in ("heap", "tensor_block"):
         found = crashes(home / "results" / method / "server.log")
