@@ -1,7 +1,7 @@
 # Every command of the project. `make help` lists them.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint setup models build start stop psql env install uninstall bench bench-storage clean
+.PHONY: help demo test test-full lint setup models build start stop psql env install uninstall bench bench-storage pg-regress clean
 
 help: ## lists these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ test-full: ## and what is too long for CI
 
 lint: setup ## formatting, and clippy with warnings as errors
 	@scripts/lint
+
+pg-regress: setup ## PostgreSQL's own suites with tensor_block as the default access method, on a server with assertions
+	@scripts/pg-regress
 
 bench: models build ## rows/s and MB/s beside PL/Python with ONNX Runtime, in one interleaved run
 	@benches/run

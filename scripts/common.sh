@@ -46,7 +46,7 @@ find_private() {
         install -d -m 755 "$PRIVATE"
         [ -O "$PRIVATE" ] && [ ! -L "$PRIVATE" ] || die "$PRIVATE belongs to somebody else"
         local name
-        for name in pg15 pg18 pgrx-servers cluster clusters venv models node; do
+        for name in pg15 pg18 pgrx-servers cluster clusters venv models node pg-regress; do
             [ -e "$TARGET/$name" ] || ln -sfn "$PRIVATE/$name" "$TARGET/$name"
         done
         mkdir -p "$PRIVATE/models" "$PRIVATE/node"
@@ -62,7 +62,8 @@ pg_bin() {
     case $1 in
     15) printf '%s' "$PG15_BIN" ;;
     18) printf '%s' "$PG18_BIN" ;;
-    *) die "there is no private PostgreSQL $1 here: 15 or 18" ;;
+    assert) printf '%s' "$PRIVATE/pg-regress/server/bin" ;; # 15 from source, see setup-pg-regress
+    *) die "there is no private PostgreSQL $1 here: 15, 18 or assert" ;;
     esac
 }
 # The private server's pg_config with that directory asked for, for example `pg_dir 15 pkglibdir`.
