@@ -57,8 +57,8 @@ unsafe fn refuse_published(rel: pg_sys::Relation, published: impl FnOnce(&pg_sys
     }
 }
 
-/// While it lives, heapam logs nothing for logical decoding: for updates and deletions it has no option like
-/// `TABLE_INSERT_NO_LOGICAL`, but asks `wal_level`. Between `replica` and `logical` nothing else differs for a row.
+/// While it lives, heapam logs nothing for logical decoding: for updates, deletions and insertions of many rows it has no
+/// option like `TABLE_INSERT_NO_LOGICAL`, but asks `wal_level`. Between `replica` and `logical` nothing else differs for a row.
 struct Quiet(c_int);
 
 impl Quiet {
@@ -119,7 +119,7 @@ pub unsafe extern "C-unwind" fn multi_insert(
     // stored into a heap slot of the scratch context for the call.
     unsafe {
         refuse_store(rel, "insertion into");
-        let options = insert_options(rel, options);
+        refuse_published(rel, |actions| actions.pubinsert);
         let slots = std::slice::from_raw_parts(slots, nslots as usize);
         memory::in_scratch(|| {
             let mut toaster = Toaster::new(rel);
@@ -133,7 +133,9 @@ pub unsafe extern "C-unwind" fn multi_insert(
                 pg_sys::ExecStoreHeapTuple(tuple, row, false);
                 rows.push(row);
             }
+            let quiet = Quiet::new();
             pg_sys::heap_multi_insert(rel, rows.as_mut_ptr(), nslots, cid, options, bistate);
+            drop(quiet);
             for (&slot, &row) in slots.iter().zip(&rows) {
                 if let Some(ours) = as_ours(slot) {
                     let stored = pg_sys::ExecFetchSlotHeapTuple(row, false, std::ptr::null_mut());
@@ -294,9 +296,14 @@ pub unsafe extern "C-unwind" fn tuple_lock(
 ) -> pg_sys::TM_Result::Type {
     // SAFETY: PostgreSQL passes an open relation and a slot made by table_slot_create.
     unsafe {
+        // Logical replication passes the slot's own TID, which is about to be cleared. heapam writes the version's that
+        // it locked.
+        let mut locked = *tid;
+        let at = &raw mut locked;
         let inner = begin_store(slot, rel);
         pg_sys::ExecClearTuple(inner);
-        let result = super::call_heapam!(tuple_lock(rel, tid, snapshot, inner, cid, mode, wait_policy, flags, tmfd));
+        let result = super::call_heapam!(tuple_lock(rel, at, snapshot, inner, cid, mode, wait_policy, flags, tmfd));
+        *tid = locked;
         // heapam stores the row whatever the result is, unless it says that there is none.
         if (*inner).tts_flags & pg_sys::TTS_FLAG_EMPTY as u16 == 0 {
             super::slot::end_store(slot, rel);

@@ -131,8 +131,10 @@ pub unsafe extern "C-unwind" fn tuple_fetch_row_version(
 ) -> bool {
     // SAFETY: PostgreSQL passes an open relation and a slot made by table_slot_create for it.
     unsafe {
+        // It may be the slot's own, which is about to be cleared.
+        let mut tid = *tid;
         let inner = begin_store(slot, rel);
-        let found = call_heapam!(tuple_fetch_row_version(rel, tid, snapshot, inner));
+        let found = call_heapam!(tuple_fetch_row_version(rel, &mut tid, snapshot, inner));
         if found {
             end_store(slot, rel);
         }
