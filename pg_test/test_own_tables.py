@@ -135,6 +135,49 @@ def test_unique_violation(conn):
     check(conn, 100)
 
 
+@pytest.mark.parametrize(
+    ("statement", "context"),
+    [
+        ("UPDATE w SET note = 'mine' WHERE id = 7", "while updating tuple (0,7) in relation \"w\""),
+        ("DELETE FROM w WHERE id = 7", "while deleting tuple (0,7) in relation \"w\""),
+        ("SELECT 1 FROM w WHERE id = 7 FOR UPDATE", "while locking tuple (0,7) in relation \"w\""),
+    ],
+)
+def test_an_error_says_at_which_row_it_waited(fresh, conn, statement, context):
+    with fresh.connect() as other:
+        other.execute("BEGIN")
+        other.execute("UPDATE w SET note = 'theirs' WHERE id = 7")
+        conn.execute("SET lock_timeout = '50ms'")
+        with pytest.raises(psycopg.errors.LockNotAvailable) as caught:
+            conn.execute(statement)
+        assert caught.value.diag.context == context
+        other.execute("ROLLBACK")
+
+
+def test_an_error_in_an_index_expression_says_what_it_says_with_heap(conn):
+    conn.execute("CREATE TABLE h AS SELECT id FROM w")
+    conn.execute("CREATE FUNCTION inner_one(i int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS 'BEGIN RETURN 1 / (i - 50); END'")
+    conn.execute("CREATE FUNCTION outer_one(i int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS 'BEGIN RETURN inner_one(i); END'")
+    conn.execute(
+        "CREATE FUNCTION caught(i int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS "
+        "'BEGIN RETURN inner_one(i); EXCEPTION WHEN division_by_zero THEN RETURN 0; END'"
+    )
+    for statement in (
+        "DO 'BEGIN CREATE INDEX ON {} (outer_one(id)); END'",
+        "CREATE INDEX CONCURRENTLY ON {} (outer_one(id))",
+        # An error that is caught on the way leaves nothing behind.
+        "CREATE INDEX ON {} (caught(50 + 0 * id), caught(id), outer_one(id))",
+    ):
+        contexts = []
+        for table in ("h", "w"):
+            with pytest.raises(psycopg.errors.DivisionByZero) as caught:
+                conn.execute(statement.format(table))
+            contexts.append(caught.value.diag.context.replace(f"ON {table} ", ""))
+        assert contexts[0] == contexts[1]
+        assert "PL/pgSQL function outer_one(integer) line 1 at RETURN" in contexts[0]
+    conn.execute("CREATE INDEX ON w (caught(50 + 0 * id), caught(id))")
+
+
 def test_restart(server, fresh):
     with fresh.connect() as conn:
         conn.execute(MAKE)

@@ -9,6 +9,7 @@ pub mod array;
 pub mod buffer;
 pub mod compute;
 pub mod error;
+pub mod error_context;
 pub mod fmgr;
 pub mod identity;
 pub mod interrupt;

@@ -9,7 +9,7 @@ use super::{call_heapam, index_build, is_store};
 use crate::pg::relation::OpenRelation;
 use crate::pg::tuple::attribute;
 use crate::pg::varlena::{self, StandIn};
-use crate::pg::{error, interrupt};
+use crate::pg::{error, error_context, interrupt};
 use crate::store::{self, Marks, Uses};
 use pgrx::pg_sys;
 use pgrx::pg_sys::{HTSV_Result, ScanDirection};
@@ -88,7 +88,6 @@ impl Rewrite {
     }
 }
 
-#[pg_guard]
 #[allow(clippy::too_many_arguments)]
 pub unsafe extern "C-unwind" fn relation_copy_for_cluster(
     old: pg_sys::Relation,
@@ -102,93 +101,97 @@ pub unsafe extern "C-unwind" fn relation_copy_for_cluster(
     tups_vacuumed: *mut f64,
     tups_recently_dead: *mut f64,
 ) {
-    // SAFETY: PostgreSQL passes open relations, the old one under an exclusive lock, and valid pointers.
-    unsafe {
-        if is_store(old) {
-            error::not_supported(
-                "VACUUM FULL of a block store by itself is not supported",
-                "Use VACUUM FULL on the table that it belongs to.",
-            );
-        }
-        let natts = (*(*new).rd_att).natts as usize;
-        let mut rewrite = Rewrite {
-            state: pg_sys::ffi::pg_guard_ffi_boundary(|| {
-                begin_heap_rewrite(old, new, oldest_xmin, *xid_cutoff, *multi_cutoff)
-            }),
-            old_desc: (*old).rd_att,
-            new_desc: (*new).rd_att,
-            store: (*(*old).rd_rel).reltoastrelid,
-            values: vec![pg_sys::Datum::from(0); natts],
-            nulls: vec![true; natts],
-            marks: Marks::default(),
-            uses: Uses::default(),
-            tensors: Tensors::default(),
-            tensor_column: sharing::default_tensor_column(old),
-        };
-        let sort = if use_sort {
-            let memory = pg_sys::maintenance_work_mem;
-            pg_sys::tuplesort_begin_cluster((*old).rd_att, old_index, memory, std::ptr::null_mut(), 0)
-        } else {
-            std::ptr::null_mut()
-        };
-
-        let mut source = Source::begin(old, if use_sort { std::ptr::null_mut() } else { old_index });
-        while let Some((tuple, buffer)) = source.next() {
-            interrupt::check();
-            if is_dead(old, tuple, buffer, oldest_xmin, &mut *tups_recently_dead) {
-                *tups_vacuumed += 1.0;
-                // The rewrite module waits for it if it ends a chain.
-                if pg_sys::ffi::pg_guard_ffi_boundary(|| rewrite_heap_dead_tuple(rewrite.state, tuple)) {
-                    *tups_vacuumed += 1.0;
-                    *tups_recently_dead -= 1.0;
-                }
-                continue;
+    let body = || {
+        // SAFETY: PostgreSQL passes open relations, the old one under an exclusive lock, and valid pointers.
+        unsafe {
+            if is_store(old) {
+                error::not_supported(
+                    "VACUUM FULL of a block store by itself is not supported",
+                    "Use VACUUM FULL on the table that it belongs to.",
+                );
             }
-            *num_tuples += 1.0;
-            progress(pg_sys::PROGRESS_CLUSTER_HEAP_TUPLES_SCANNED, *num_tuples);
-            if sort.is_null() {
-                rewrite.row(tuple);
-                progress(pg_sys::PROGRESS_CLUSTER_HEAP_TUPLES_WRITTEN, *num_tuples);
+            let natts = (*(*new).rd_att).natts as usize;
+            let mut rewrite = Rewrite {
+                state: pg_sys::ffi::pg_guard_ffi_boundary(|| {
+                    begin_heap_rewrite(old, new, oldest_xmin, *xid_cutoff, *multi_cutoff)
+                }),
+                old_desc: (*old).rd_att,
+                new_desc: (*new).rd_att,
+                store: (*(*old).rd_rel).reltoastrelid,
+                values: vec![pg_sys::Datum::from(0); natts],
+                nulls: vec![true; natts],
+                marks: Marks::default(),
+                uses: Uses::default(),
+                tensors: Tensors::default(),
+                tensor_column: sharing::default_tensor_column(old),
+            };
+            let sort = if use_sort {
+                let memory = pg_sys::maintenance_work_mem;
+                pg_sys::tuplesort_begin_cluster((*old).rd_att, old_index, memory, std::ptr::null_mut(), 0)
             } else {
-                let row = source.readable_copy(tuple);
-                pg_sys::tuplesort_putheaptuple(sort, row);
-                pg_sys::heap_freetuple(row);
-            }
-        }
-        source.end();
+                std::ptr::null_mut()
+            };
 
-        if !sort.is_null() {
-            progress(pg_sys::PROGRESS_CLUSTER_PHASE, f64::from(pg_sys::PROGRESS_CLUSTER_PHASE_SORT_TUPLES));
-            pg_sys::tuplesort_performsort(sort);
-            progress(pg_sys::PROGRESS_CLUSTER_PHASE, f64::from(pg_sys::PROGRESS_CLUSTER_PHASE_WRITE_NEW_HEAP));
-            let mut written = 0.0;
-            loop {
+            let mut source = Source::begin(old, if use_sort { std::ptr::null_mut() } else { old_index });
+            while let Some((tuple, buffer)) = source.next() {
                 interrupt::check();
-                let tuple = pg_sys::tuplesort_getheaptuple(sort, true);
-                if tuple.is_null() {
-                    break;
+                if is_dead(old, tuple, buffer, oldest_xmin, &mut *tups_recently_dead) {
+                    *tups_vacuumed += 1.0;
+                    // The rewrite module waits for it if it ends a chain.
+                    if pg_sys::ffi::pg_guard_ffi_boundary(|| rewrite_heap_dead_tuple(rewrite.state, tuple)) {
+                        *tups_vacuumed += 1.0;
+                        *tups_recently_dead -= 1.0;
+                    }
+                    continue;
                 }
-                rewrite.row(tuple);
-                written += 1.0;
-                progress(pg_sys::PROGRESS_CLUSTER_HEAP_TUPLES_WRITTEN, written);
+                *num_tuples += 1.0;
+                progress(pg_sys::PROGRESS_CLUSTER_HEAP_TUPLES_SCANNED, *num_tuples);
+                if sort.is_null() {
+                    rewrite.row(tuple);
+                    progress(pg_sys::PROGRESS_CLUSTER_HEAP_TUPLES_WRITTEN, *num_tuples);
+                } else {
+                    let row = source.readable_copy(tuple);
+                    pg_sys::tuplesort_putheaptuple(sort, row);
+                    pg_sys::heap_freetuple(row);
+                }
             }
-            pg_sys::tuplesort_end(sort);
-        }
-        pg_sys::ffi::pg_guard_ffi_boundary(|| end_heap_rewrite(rewrite.state));
+            source.end();
 
-        let new_store = (*(*new).rd_rel).reltoastrelid;
-        if rewrite.store != pg_sys::InvalidOid && new_store != pg_sys::InvalidOid {
-            let from = OpenRelation::table(rewrite.store, pg_sys::AccessShareLock);
-            store::copy::copy_blocks(from.raw(), new_store, &rewrite.marks, |blocks| rewrite.uses.order(blocks));
-        } else if !rewrite.marks.is_empty() {
-            error::raise(
-                PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
-                "rows reference blocks, but the new table has no block store",
-                "",
-                "",
-            );
+            if !sort.is_null() {
+                progress(pg_sys::PROGRESS_CLUSTER_PHASE, f64::from(pg_sys::PROGRESS_CLUSTER_PHASE_SORT_TUPLES));
+                pg_sys::tuplesort_performsort(sort);
+                progress(pg_sys::PROGRESS_CLUSTER_PHASE, f64::from(pg_sys::PROGRESS_CLUSTER_PHASE_WRITE_NEW_HEAP));
+                let mut written = 0.0;
+                loop {
+                    interrupt::check();
+                    let tuple = pg_sys::tuplesort_getheaptuple(sort, true);
+                    if tuple.is_null() {
+                        break;
+                    }
+                    rewrite.row(tuple);
+                    written += 1.0;
+                    progress(pg_sys::PROGRESS_CLUSTER_HEAP_TUPLES_WRITTEN, written);
+                }
+                pg_sys::tuplesort_end(sort);
+            }
+            pg_sys::ffi::pg_guard_ffi_boundary(|| end_heap_rewrite(rewrite.state));
+
+            let new_store = (*(*new).rd_rel).reltoastrelid;
+            if rewrite.store != pg_sys::InvalidOid && new_store != pg_sys::InvalidOid {
+                let from = OpenRelation::table(rewrite.store, pg_sys::AccessShareLock);
+                store::copy::copy_blocks(from.raw(), new_store, &rewrite.marks, |blocks| rewrite.uses.order(blocks));
+            } else if !rewrite.marks.is_empty() {
+                error::raise(
+                    PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
+                    "rows reference blocks, but the new table has no block store",
+                    "",
+                    "",
+                );
+            }
         }
-    }
+    };
+    // SAFETY: the whole of a callback.
+    unsafe { error_context::guard(body) }
 }
 
 /// All row versions of the old table, in the order of its pages or of an index.

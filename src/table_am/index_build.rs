@@ -5,7 +5,7 @@
 
 use super::slot::{begin_store, end_store};
 use super::{call_heapam, is_store};
-use crate::pg::{error, interrupt};
+use crate::pg::{error, error_context, interrupt};
 use crate::store::{self, directory};
 use pgrx::pg_sys;
 use pgrx::pg_sys::{HTSV_Result, ScanDirection};
@@ -14,7 +14,6 @@ use pgrx::prelude::*;
 /// `MaxHeapTuplesPerPage` (htup_details.h) of 8 kB pages, which has no binding.
 pub(super) const ROOT_OFFSETS: usize = 291;
 
-#[pg_guard]
 #[allow(clippy::too_many_arguments)]
 pub unsafe extern "C-unwind" fn index_build_range_scan(
     table: pg_sys::Relation,
@@ -29,20 +28,24 @@ pub unsafe extern "C-unwind" fn index_build_range_scan(
     state: *mut std::ffi::c_void,
     scan: pg_sys::TableScanDesc,
 ) -> f64 {
-    // SAFETY: PostgreSQL passes open relations, a filled IndexInfo and its own callback.
-    unsafe {
-        if is_store(table) {
-            if scan.is_null() {
-                return build_directory(table, index, callback, state);
+    let body = || {
+        // SAFETY: PostgreSQL passes open relations, a filled IndexInfo and its own callback.
+        unsafe {
+            if is_store(table) {
+                if scan.is_null() {
+                    return build_directory(table, index, callback, state);
+                }
+                // A parallel build: the first participant reads the locators, the others have nothing to add.
+                let entries = if is_first(scan) { build_directory(table, index, callback, state) } else { 0.0 };
+                call_heapam!(scan_end(scan));
+                return entries;
             }
-            // A parallel build: the first participant reads the locators, the others have nothing to add.
-            let entries = if is_first(scan) { build_directory(table, index, callback, state) } else { 0.0 };
-            call_heapam!(scan_end(scan));
-            return entries;
+            let range = (!allow_sync).then_some((start_block, blocks));
+            build_rows(table, index, info, range, anyvisible, progress, callback, state, scan)
         }
-        let range = (!allow_sync).then_some((start_block, blocks));
-        build_rows(table, index, info, range, anyvisible, progress, callback, state, scan)
-    }
+    };
+    // SAFETY: the whole of a callback.
+    unsafe { error_context::guard(body) }
 }
 
 /// True for one participant of a parallel scan.

@@ -3,7 +3,7 @@
 use super::index_build::{ROOT_OFFSETS, per_tuple_context, read_roots};
 use super::slot::{begin_store, end_store};
 use super::{call_heapam, is_store};
-use crate::pg::{error, interrupt};
+use crate::pg::{error, error_context, interrupt};
 use crate::store::{self, directory};
 use pgrx::itemptr::item_pointer_get_both;
 use pgrx::pg_sys;
@@ -49,7 +49,6 @@ impl Entries {
 }
 
 /// Enters what `snapshot` sees and the index, built meanwhile, does not have.
-#[pg_guard]
 pub unsafe extern "C-unwind" fn index_validate_scan(
     table: pg_sys::Relation,
     index: pg_sys::Relation,
@@ -57,15 +56,19 @@ pub unsafe extern "C-unwind" fn index_validate_scan(
     snapshot: pg_sys::Snapshot,
     state: *mut pg_sys::ValidateIndexState,
 ) {
-    // SAFETY: PostgreSQL passes open relations, a registered snapshot and its own state with a sort of TIDs.
-    unsafe {
-        let mut entries = Entries { sort: (*state).tuplesort, at: None, done: false };
-        if is_store(table) {
-            validate_directory(table, index, info, state, &mut entries);
-        } else {
-            validate_rows(table, index, info, snapshot, state, &mut entries);
+    let body = || {
+        // SAFETY: PostgreSQL passes open relations, a registered snapshot and its own state with a sort of TIDs.
+        unsafe {
+            let mut entries = Entries { sort: (*state).tuplesort, at: None, done: false };
+            if is_store(table) {
+                validate_directory(table, index, info, state, &mut entries);
+            } else {
+                validate_rows(table, index, info, snapshot, state, &mut entries);
+            }
         }
-    }
+    };
+    // SAFETY: the whole of a callback.
+    unsafe { error_context::guard(body) }
 }
 
 /// Rows: those visible to the snapshot, heap-only ones under the TID of their chain's root.

@@ -3,7 +3,7 @@
 use super::refuse_store;
 use super::slot::{as_ours, begin_store, remember_stored};
 use super::toaster::Toaster;
-use crate::pg::{error, memory};
+use crate::pg::{error, error_context, memory};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::ffi::c_int;
@@ -203,7 +203,6 @@ pub unsafe extern "C-unwind" fn tuple_complete_speculative(
     }
 }
 
-#[pg_guard]
 #[allow(clippy::too_many_arguments)]
 pub unsafe extern "C-unwind" fn tuple_delete(
     rel: pg_sys::Relation,
@@ -215,13 +214,17 @@ pub unsafe extern "C-unwind" fn tuple_delete(
     tmfd: *mut pg_sys::TM_FailureData,
     changing_partition: bool,
 ) -> pg_sys::TM_Result::Type {
-    // SAFETY: PostgreSQL passes an open relation.
-    unsafe {
-        refuse_store(rel, "deletion from");
-        refuse_published(rel, |actions| actions.pubdelete);
-    }
-    let _quiet = Quiet::new();
-    super::call_heapam!(tuple_delete(rel, tid, cid, snapshot, crosscheck, wait, tmfd, changing_partition))
+    let body = || {
+        // SAFETY: PostgreSQL passes an open relation.
+        unsafe {
+            refuse_store(rel, "deletion from");
+            refuse_published(rel, |actions| actions.pubdelete);
+        }
+        let _quiet = Quiet::new();
+        super::call_heapam!(tuple_delete(rel, tid, cid, snapshot, crosscheck, wait, tmfd, changing_partition))
+    };
+    // SAFETY: the whole of a callback.
+    unsafe { error_context::guard(body) }
 }
 
 #[cfg(any(feature = "pg14", feature = "pg15"))]
@@ -231,7 +234,6 @@ type UpdateIndexes = pg_sys::TU_UpdateIndexes::Type;
 
 /// After `heapam_tuple_update` (heapam_handler.c). A column that keeps its value keeps its stand-in, so its payload is
 /// neither read nor written; and heap_update, which compares the stored bytes, sees that an indexed one did not change.
-#[pg_guard]
 #[allow(clippy::too_many_arguments)]
 pub unsafe extern "C-unwind" fn tuple_update(
     rel: pg_sys::Relation,
@@ -245,43 +247,47 @@ pub unsafe extern "C-unwind" fn tuple_update(
     lockmode: *mut pg_sys::LockTupleMode::Type,
     update_indexes: *mut UpdateIndexes,
 ) -> pg_sys::TM_Result::Type {
-    // SAFETY: PostgreSQL passes an open relation and a filled slot of any kind.
-    unsafe {
-        refuse_store(rel, "an update of");
-        refuse_published(rel, |actions| actions.pubupdate);
-        pg_sys::slot_getallattrs(slot);
-        (*slot).tts_tableOid = (*rel).rd_id;
-        memory::in_scratch(|| {
-            let tuple = Toaster::new(rel).form((*slot).tts_values, (*slot).tts_isnull);
-            let quiet = Quiet::new();
-            #[cfg(any(feature = "pg14", feature = "pg15"))]
-            let result = pg_sys::heap_update(rel, otid, tuple, cid, crosscheck, wait, tmfd, lockmode);
-            #[cfg(not(any(feature = "pg14", feature = "pg15")))]
-            let result = pg_sys::heap_update(rel, otid, tuple, cid, crosscheck, wait, tmfd, lockmode, update_indexes);
-            drop(quiet);
-            #[cfg(any(feature = "pg14", feature = "pg15"))]
-            {
-                // A heap-only row needs no index entries.
-                let heap_only = pg_sys::htup::HeapTupleHeaderIsHeapOnly((*tuple).t_data);
-                *update_indexes = result == pg_sys::TM_Result::TM_Ok && !heap_only;
-            }
-            #[cfg(not(any(feature = "pg14", feature = "pg15")))]
-            if result != pg_sys::TM_Result::TM_Ok {
-                *update_indexes = pg_sys::TU_UpdateIndexes::TU_None;
-            }
-            (*slot).tts_tid = (*tuple).t_self;
-            if result == pg_sys::TM_Result::TM_Ok
-                && let Some(ours) = as_ours(slot)
-            {
-                remember_stored(ours, tuple);
+    let body = || {
+        // SAFETY: PostgreSQL passes an open relation and a filled slot of any kind.
+        unsafe {
+            refuse_store(rel, "an update of");
+            refuse_published(rel, |actions| actions.pubupdate);
+            pg_sys::slot_getallattrs(slot);
+            (*slot).tts_tableOid = (*rel).rd_id;
+            memory::in_scratch(|| {
+                let tuple = Toaster::new(rel).form((*slot).tts_values, (*slot).tts_isnull);
+                let quiet = Quiet::new();
+                #[cfg(any(feature = "pg14", feature = "pg15"))]
+                let result = pg_sys::heap_update(rel, otid, tuple, cid, crosscheck, wait, tmfd, lockmode);
+                #[cfg(not(any(feature = "pg14", feature = "pg15")))]
+                let result =
+                    pg_sys::heap_update(rel, otid, tuple, cid, crosscheck, wait, tmfd, lockmode, update_indexes);
+                drop(quiet);
+                #[cfg(any(feature = "pg14", feature = "pg15"))]
+                {
+                    // A heap-only row needs no index entries.
+                    let heap_only = pg_sys::htup::HeapTupleHeaderIsHeapOnly((*tuple).t_data);
+                    *update_indexes = result == pg_sys::TM_Result::TM_Ok && !heap_only;
+                }
+                #[cfg(not(any(feature = "pg14", feature = "pg15")))]
+                if result != pg_sys::TM_Result::TM_Ok {
+                    *update_indexes = pg_sys::TU_UpdateIndexes::TU_None;
+                }
                 (*slot).tts_tid = (*tuple).t_self;
-            }
-            result
-        })
-    }
+                if result == pg_sys::TM_Result::TM_Ok
+                    && let Some(ours) = as_ours(slot)
+                {
+                    remember_stored(ours, tuple);
+                    (*slot).tts_tid = (*tuple).t_self;
+                }
+                result
+            })
+        }
+    };
+    // SAFETY: the whole of a callback.
+    unsafe { error_context::guard(body) }
 }
 
-#[pg_guard]
 #[allow(clippy::too_many_arguments)]
 pub unsafe extern "C-unwind" fn tuple_lock(
     rel: pg_sys::Relation,
@@ -294,20 +300,24 @@ pub unsafe extern "C-unwind" fn tuple_lock(
     flags: u8,
     tmfd: *mut pg_sys::TM_FailureData,
 ) -> pg_sys::TM_Result::Type {
-    // SAFETY: PostgreSQL passes an open relation and a slot made by table_slot_create.
-    unsafe {
-        // Logical replication passes the slot's own TID, which is about to be cleared. heapam writes the version's that
-        // it locked.
-        let mut locked = *tid;
-        let at = &raw mut locked;
-        let inner = begin_store(slot, rel);
-        pg_sys::ExecClearTuple(inner);
-        let result = super::call_heapam!(tuple_lock(rel, at, snapshot, inner, cid, mode, wait_policy, flags, tmfd));
-        *tid = locked;
-        // heapam stores the row whatever the result is, unless it says that there is none.
-        if (*inner).tts_flags & pg_sys::TTS_FLAG_EMPTY as u16 == 0 {
-            super::slot::end_store(slot, rel);
+    let body = || {
+        // SAFETY: PostgreSQL passes an open relation and a slot made by table_slot_create.
+        unsafe {
+            // Logical replication passes the slot's own TID, which is about to be cleared. heapam writes the version's that
+            // it locked.
+            let mut locked = *tid;
+            let at = &raw mut locked;
+            let inner = begin_store(slot, rel);
+            pg_sys::ExecClearTuple(inner);
+            let result = super::call_heapam!(tuple_lock(rel, at, snapshot, inner, cid, mode, wait_policy, flags, tmfd));
+            *tid = locked;
+            // heapam stores the row whatever the result is, unless it says that there is none.
+            if (*inner).tts_flags & pg_sys::TTS_FLAG_EMPTY as u16 == 0 {
+                super::slot::end_store(slot, rel);
+            }
+            result
         }
-        result
-    }
+    };
+    // SAFETY: the whole of a callback.
+    unsafe { error_context::guard(body) }
 }

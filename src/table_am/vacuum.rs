@@ -6,36 +6,38 @@
 use super::references::for_each_reference;
 use super::{call_heapam, is_store};
 use crate::pg::relation::{self, OpenRelation};
-use crate::pg::vacuum;
+use crate::pg::{error_context, vacuum};
 use crate::store::sweep::{self, Swept};
 use crate::store::{self, Marks};
 use pgrx::pg_sys;
-use pgrx::prelude::*;
 
-#[pg_guard]
 pub unsafe extern "C-unwind" fn relation_vacuum(
     rel: pg_sys::Relation,
     params: *mut pg_sys::VacuumParams,
     strategy: pg_sys::BufferAccessStrategy,
 ) {
-    // SAFETY: PostgreSQL passes an open relation, locked ShareUpdateExclusive.
-    unsafe {
-        if is_store(rel) {
-            let may_truncate = (*params).truncate != pg_sys::VacOptValue::VACOPTVALUE_DISABLED;
-            vacuum_store(rel, may_truncate);
-            return;
+    let body = || {
+        // SAFETY: PostgreSQL passes an open relation, locked ShareUpdateExclusive.
+        unsafe {
+            if is_store(rel) {
+                let may_truncate = (*params).truncate != pg_sys::VacOptValue::VACOPTVALUE_DISABLED;
+                vacuum_store(rel, may_truncate);
+                return;
+            }
+            let dead_before = vacuum::dead_rows((*rel).rd_id);
+            call_heapam!(relation_vacuum(rel, params, strategy));
+            pg_sys::pgstat_clear_snapshot();
+            let gone = dead_before.saturating_sub(vacuum::dead_rows((*rel).rd_id));
+            let store = (*(*rel).rd_rel).reltoastrelid;
+            if gone > 0 && store != pg_sys::InvalidOid {
+                let store = OpenRelation::table(store, pg_sys::AccessShareLock);
+                let (blocks, _, _) = store::totals(store.raw());
+                relation::count_deletions(store.raw(), gone.min(blocks));
+            }
         }
-        let dead_before = vacuum::dead_rows((*rel).rd_id);
-        call_heapam!(relation_vacuum(rel, params, strategy));
-        pg_sys::pgstat_clear_snapshot();
-        let gone = dead_before.saturating_sub(vacuum::dead_rows((*rel).rd_id));
-        let store = (*(*rel).rd_rel).reltoastrelid;
-        if gone > 0 && store != pg_sys::InvalidOid {
-            let store = OpenRelation::table(store, pg_sys::AccessShareLock);
-            let (blocks, _, _) = store::totals(store.raw());
-            relation::count_deletions(store.raw(), gone.min(blocks));
-        }
-    }
+    };
+    // SAFETY: the whole of a callback.
+    unsafe { error_context::guard(body) }
 }
 
 /// The sweep, and what every vacuum does: the wraparound limits go ahead, also when nothing could be swept. A store holds
