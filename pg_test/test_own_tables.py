@@ -135,6 +135,23 @@ def test_unique_violation(conn):
     check(conn, 100)
 
 
+def test_system_columns_in_triggers(conn):
+    conn.execute("""
+        CREATE TABLE seen (op text, id int, x xid, at tid, rel regclass);
+        CREATE FUNCTION look() RETURNS trigger LANGUAGE plpgsql AS $$
+          BEGIN
+            INSERT INTO seen VALUES (tg_op, OLD.id, OLD.xmin, OLD.ctid, OLD.tableoid);
+            RETURN CASE tg_op WHEN 'DELETE' THEN OLD ELSE NEW END;
+          END $$;
+        CREATE TRIGGER before BEFORE UPDATE OR DELETE ON w FOR EACH ROW EXECUTE FUNCTION look();
+        CREATE TRIGGER after AFTER UPDATE OR DELETE ON w FOR EACH ROW EXECUTE FUNCTION look()""")
+    rows = conn.execute("SELECT id, xmin, ctid, 'w' FROM w WHERE id IN (3, 4) ORDER BY id").fetchall()
+    conn.execute("UPDATE w SET note = note WHERE id = 3")
+    conn.execute("DELETE FROM w WHERE id = 4")
+    for op, row in zip(("UPDATE", "DELETE"), rows, strict=True):
+        assert conn.execute("SELECT id, x, at, rel::text FROM seen WHERE op = %s", (op,)).fetchall() == [row, row]
+
+
 @pytest.mark.parametrize(
     ("statement", "context"),
     [

@@ -279,15 +279,6 @@ impl Source {
         // SAFETY: the slot holds the row `stored`.
         unsafe {
             let copy = pg_sys::ExecCopySlotHeapTuple(self.slot);
-            (*(*copy).t_data).t_choice = (*(*stored).t_data).t_choice;
-            (*(*copy).t_data).t_ctid = (*(*stored).t_data).t_ctid;
-            // Of the masks, what tells of transactions is the stored row's; what tells of the form is the copy's.
-            let xact = pg_sys::HEAP_XACT_MASK as u16;
-            let mask = &mut (*(*copy).t_data).t_infomask;
-            *mask = *mask & !xact | (*(*stored).t_data).t_infomask & xact;
-            let natts = pg_sys::HEAP_NATTS_MASK as u16;
-            let mask2 = &mut (*(*copy).t_data).t_infomask2;
-            *mask2 = *mask2 & natts | (*(*stored).t_data).t_infomask2 & !natts;
             (*copy).t_self = (*stored).t_self;
             (*copy).t_tableOid = (*stored).t_tableOid;
             copy

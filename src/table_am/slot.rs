@@ -337,9 +337,32 @@ unsafe extern "C-unwind" fn copy_heap_tuple(slot: *mut pg_sys::TupleTableSlot) -
     unsafe {
         pg_sys::slot_getallattrs(slot);
         let tuple = pg_sys::heap_form_tuple((*slot).tts_tupleDescriptor, (*slot).tts_values, (*slot).tts_isnull);
+        let inner = (*slot.cast::<BlockSlot>()).inner;
+        if !inner.is_null() && !is_empty(inner) {
+            // System columns can be read of the copy, for example in a trigger.
+            let mut copied = false;
+            let stored = pg_sys::ExecFetchSlotHeapTuple(inner, false, &mut copied);
+            take_header((*tuple).t_data, (*stored).t_data);
+            if copied {
+                pg_sys::heap_freetuple(stored);
+            }
+        }
         (*tuple).t_self = (*slot).tts_tid;
         (*tuple).t_tableOid = (*slot).tts_tableOid;
         tuple
+    }
+}
+
+/// Gives a row the transactions of the stored row that it was made of; what the header tells of the form stays.
+unsafe fn take_header(to: pg_sys::HeapTupleHeader, from: pg_sys::HeapTupleHeader) {
+    // SAFETY: two headers.
+    unsafe {
+        (*to).t_choice = (*from).t_choice;
+        (*to).t_ctid = (*from).t_ctid;
+        let xact = pg_sys::HEAP_XACT_MASK as u16;
+        (*to).t_infomask = (*to).t_infomask & !xact | (*from).t_infomask & xact;
+        let natts = pg_sys::HEAP_NATTS_MASK as u16;
+        (*to).t_infomask2 = (*to).t_infomask2 & natts | (*from).t_infomask2 & !natts;
     }
 }
 
