@@ -72,6 +72,23 @@ mod tests {
     }
 
     #[pg_test]
+    fn a_rewritten_table_that_needs_no_store_takes_its_values_in() {
+        Spi::run(
+            "CREATE TABLE n (k int, a varchar(30), b varchar(30), wide text) USING tensor_block;
+             ALTER TABLE n ALTER wide SET STORAGE MAIN;
+             INSERT INTO n SELECT i, repeat('a', 30), 'b' || i, string_agg(md5(j::text), '')
+               FROM generate_series(1, 20) i, generate_series(1, 90) j GROUP BY i;
+             CREATE INDEX by_k ON n (a, k);
+             ALTER TABLE n DROP wide",
+        )
+        .expect("set-up");
+        assert!(one::<bool>("SELECT bool_and(tessera.block_id(a) IS NOT NULL) FROM n"));
+        Spi::run("CLUSTER n USING by_k").expect("rewrite");
+        assert!(one::<bool>("SELECT reltoastrelid = 0 FROM pg_class WHERE oid = 'n'::regclass"));
+        assert!(one::<bool>("SELECT count(*) = 20 AND bool_and(a = repeat('a', 30) AND b = 'b' || k) FROM n"));
+    }
+
+    #[pg_test]
     fn cluster_keeps_rows_and_block_ids() {
         setup();
         Spi::run("CREATE INDEX by_n ON t (n, k); DELETE FROM t WHERE k > 60").expect("index");

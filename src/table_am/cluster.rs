@@ -37,6 +37,8 @@ struct Rewrite {
     old_desc: pg_sys::TupleDesc,
     new_desc: pg_sys::TupleDesc,
     store: pg_sys::Oid,
+    /// The new table has a store. It may need none, after wide columns were dropped.
+    keeps_store: bool,
     values: Vec<pg_sys::Datum>,
     nulls: Vec<bool>,
     marks: Marks,
@@ -53,6 +55,7 @@ impl Rewrite {
         unsafe {
             pg_sys::heap_deform_tuple(tuple, self.old_desc, self.values.as_mut_ptr(), self.nulls.as_mut_ptr());
             let mut stand_ins = Vec::new();
+            let mut taken_in: Vec<*mut pg_sys::varlena> = Vec::new();
             let tensor = self.tensor_column.map_or(0, |column| {
                 let value = (!self.nulls[column]).then(|| self.values[column]);
                 self.tensors.number(value, attribute(self.old_desc, column))
@@ -73,7 +76,12 @@ impl Rewrite {
                     }
                     _ => StandIn::read(datum),
                 };
-                if let Some(reference) = reference {
+                if let Some(reference) = reference.filter(|_| !self.keeps_store) {
+                    let mut pointer = reference.to_toast_pointer(self.store);
+                    taken_in.push(pg_sys::detoast_external_attr(pointer.as_mut_ptr().cast()));
+                    self.values[column] = pg_sys::Datum::from(taken_in[taken_in.len() - 1]);
+                    stand_ins.retain(|(other, _)| *other != column);
+                } else if let Some(reference) = reference {
                     self.marks.insert(reference.block_id);
                     self.uses.add(reference.block_id, tensor);
                 }
@@ -84,6 +92,7 @@ impl Rewrite {
             let copy = pg_sys::heap_form_tuple(self.new_desc, self.values.as_mut_ptr(), self.nulls.as_mut_ptr());
             pg_sys::ffi::pg_guard_ffi_boundary(|| rewrite_heap_tuple(self.state, tuple, copy));
             pg_sys::heap_freetuple(copy);
+            taken_in.into_iter().for_each(|value| pg_sys::pfree(value.cast()));
         }
     }
 }
@@ -118,6 +127,7 @@ pub unsafe extern "C-unwind" fn relation_copy_for_cluster(
                 old_desc: (*old).rd_att,
                 new_desc: (*new).rd_att,
                 store: (*(*old).rd_rel).reltoastrelid,
+                keeps_store: (*(*new).rd_rel).reltoastrelid != pg_sys::InvalidOid,
                 values: vec![pg_sys::Datum::from(0); natts],
                 nulls: vec![true; natts],
                 marks: Marks::default(),
