@@ -99,6 +99,7 @@ class Load:
                     self.errors.append(f"drop: {error.sqlstate} {error}")
 
 
+@pytest.mark.timeout(SECONDS + 300)
 def test_sixteen_loaders_and_eight_droppers(eager):
     with Database(eager, "crowd") as database:
         load = Load(database, time.monotonic() + SECONDS)
