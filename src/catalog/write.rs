@@ -118,6 +118,20 @@ fn create(client: &mut SpiClient<'_>, name: &str, caller: pg_sys::Oid) -> Result
     // SAFETY: syscache look-up; the name is palloc'd.
     let owner =
         unsafe { std::ffi::CStr::from_ptr(pg_sys::GetUserNameFromId(caller, false)).to_string_lossy().into_owned() };
+    // Somebody may have renamed a domain of theirs to this name.
+    let taken = client.update(
+        "SELECT FROM pg_catalog.pg_type WHERE typname = $1::name AND typnamespace = 'tessera_model'::regnamespace",
+        Some(1),
+        &[name.into()],
+    )?;
+    if !taken.is_empty() {
+        error::raise(
+            PgSqlErrorCode::ERRCODE_DUPLICATE_OBJECT,
+            format!("the domain of model \"{name}\" cannot be made: type {domain} exists"),
+            "It belongs to no model of that name.",
+            "Choose another name, or rename or drop that type.",
+        );
+    }
     client.update(&format!("CREATE DOMAIN {domain} AS bytea"), None, &[])?;
     let comment = pgrx::spi::quote_literal("a model of pg_tessera: its owner owns the model, USAGE allows to predict");
     client.update(&format!("COMMENT ON DOMAIN {domain} IS {comment}"), None, &[])?;

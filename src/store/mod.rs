@@ -221,12 +221,30 @@ fn no_such_block(rel: pg_sys::Relation, block_id: u32) -> ! {
     )
 }
 
-/// Counts of a store, from its metapage: `(blocks, bytes, pages)`. A store of no pages is legal and empty.
-pub fn totals(rel: pg_sys::Relation) -> (u64, u64, u32) {
+/// Counts of a store, from its metapage.
+pub struct Totals {
+    /// Blocks that have a locator, also those that no row references any more.
+    pub blocks: u64,
+    /// Their stored bytes.
+    pub bytes: u64,
+    /// Pages of the file.
+    pub pages: u32,
+    /// Block ids that were not handed out yet.
+    pub ids_left: u64,
+}
+
+/// The counts of a store. One of no pages is legal and empty.
+pub fn totals(rel: pg_sys::Relation) -> Totals {
     let pages = relation::pages(rel);
+    let last = u64::from(u32::MAX);
     match locators::read_meta(rel) {
-        Some(meta) => (meta.stored_blocks, meta.stored_bytes, pages),
-        None => (0, 0, pages),
+        Some(meta) => Totals {
+            blocks: meta.stored_blocks,
+            bytes: meta.stored_bytes,
+            pages,
+            ids_left: if meta.next_block_id == 0 { 0 } else { last - u64::from(meta.next_block_id) + 1 },
+        },
+        None => Totals { blocks: 0, bytes: 0, pages, ids_left: last },
     }
 }
 
