@@ -39,6 +39,11 @@ class Cluster:
         self.run("stop", how)
 
     def remove(self) -> None:
+        """The server's log stays, for the one who looks into a failure."""
+        log = self.home / "run.log"
+        if log.exists():
+            (TARGET / "logs").mkdir(exist_ok=True)
+            (TARGET / "logs" / f"server-{self.name}.log").write_bytes(log.read_bytes())
         self.run("remove")
 
     def connect(self, database: str = "tessera", user: str | None = None, **options) -> psycopg.Connection:
