@@ -24,7 +24,8 @@ def primary():
     cluster = Cluster("primary")
     archive = cluster.home / "archive"
     cluster.settings = ("wal_consistency_checking = 'all'", "archive_mode = on", f"archive_command = 'mkdir -p {archive} && cp %p {archive}/%f'",
-                        "max_standby_streaming_delay = '300ms'", "autovacuum_naptime = '1s'", "autovacuum_vacuum_threshold = 5")
+                        "max_standby_streaming_delay = '300ms'", "autovacuum_naptime = '1s'", "autovacuum_vacuum_threshold = 5",
+                        "wal_keep_size = '4GB'")
     cluster.remove()
     cluster.start()
     yield cluster
@@ -270,10 +271,12 @@ def test_promotion_and_rewind(primary, work, standby):
         assert conn.execute("SELECT pg_promote()").fetchone()[0]
         write(conn)
         (count,) = conn.execute("SELECT count(*) FROM held").fetchone()
+        conn.execute("CHECKPOINT")  # before PostgreSQL 17, pg_rewind learns of the promotion by it
     work.stop()
     work.check("the old primary by itself")
     primary.stop()
     primary.as_server("pg_rewind", "-D", str(primary.data), "--source-server", standby.conninfo() + " dbname=postgres", "-R")
+    assert (primary.data / "standby.signal").exists(), "nothing was rewound"
     old = Cluster(primary.name, settings=standby.settings, bare=True)
     old.start()
     with standby.connect() as conn:
