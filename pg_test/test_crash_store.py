@@ -8,7 +8,7 @@ import time
 import psycopg
 import pytest
 
-from cluster import Cluster
+from cluster import Cluster, alive
 from helpers import Background
 from workload import Workload
 
@@ -42,9 +42,12 @@ def crash(cluster: Cluster, dice: random.Random) -> str:
     if how == "recovery":
         # Once more while it recovers.
         cluster.as_server("pg_ctl", "-D", str(cluster.data), "-W", "-l", str(cluster.home / "run.log"), "start")
+        deadline = time.monotonic() + 20
+        while not alive(cluster.postmaster()):  # until then the file is the old server's
+            assert time.monotonic() < deadline, "the server does not start"
+            time.sleep(0.005)
         time.sleep(dice.uniform(0, 0.4))
-        if (cluster.data / "postmaster.pid").exists():
-            cluster.kill(cluster.postmaster())
+        cluster.kill(cluster.postmaster())
     return how
 
 
