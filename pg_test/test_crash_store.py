@@ -5,12 +5,11 @@ import random
 import sys
 import time
 
-import psycopg
 import pytest
 
 from cluster import Cluster, alive
 from helpers import Background
-from workload import Workload
+from workload import Workload, problems
 
 ROUNDS = int(os.environ.get("TESSERA_ROUNDS", 0)) or (200 if os.environ.get("TESSERA_FULL") else 8)
 SETTINGS = ("wal_level = replica", "wal_consistency_checking = 'all'", "full_page_writes = on", "checkpoint_timeout = '30s'",
@@ -25,6 +24,14 @@ def crashing():
     cluster.start()
     yield cluster
     cluster.remove()
+
+
+def started(cluster: Cluster) -> bool:
+    """True once the new server has written its number over the old one's."""
+    try:
+        return alive(cluster.postmaster())
+    except (FileNotFoundError, IndexError):
+        return False
 
 
 def crash(cluster: Cluster, dice: random.Random) -> str:
@@ -43,7 +50,7 @@ def crash(cluster: Cluster, dice: random.Random) -> str:
         # Once more while it recovers.
         cluster.as_server("pg_ctl", "-D", str(cluster.data), "-W", "-l", str(cluster.home / "run.log"), "start")
         deadline = time.monotonic() + 20
-        while not alive(cluster.postmaster()):  # until then the file is the old server's
+        while not started(cluster):
             assert time.monotonic() < deadline, "the server does not start"
             time.sleep(0.005)
         time.sleep(dice.uniform(0, 0.4))
@@ -74,3 +81,97 @@ def test_rounds(crashing):
     seconds = time.monotonic() - started
     print(f"{ROUNDS} rounds in {seconds:.0f} s, {[session.committed for session in load.sessions]} transactions", file=sys.stderr)
     assert load.committed() > 10 * ROUNDS, "too little was done to be interrupted"
+
+
+BLOCK = "array_fill((i + %s)::real, ARRAY[128, 128])::tensor_block"
+RIGHT = "SELECT count(*), count(*) FILTER (WHERE data::real[] = array_fill((id + seed)::real, ARRAY[128, 128])) FROM shrinking"
+
+
+def test_after_truncation(crashing):
+    """The server goes away right after a sweep, or a repack, has cut the store's file; what follows uses those pages anew."""
+    size = "SELECT pg_relation_size(reltoastrelid) FROM pg_class WHERE oid = 'shrinking'::regclass"
+    with crashing.connect() as conn:
+        conn.execute("DROP TABLE IF EXISTS shrinking")
+        conn.execute("CREATE TABLE shrinking (id int, seed int, data tensor_block) USING tensor_block WITH (autovacuum_enabled = off, toast.autovacuum_enabled = off)")
+    shrunk = 0
+    for turn, last in enumerate(["VACUUM shrinking", "SELECT repack('shrinking')", "VACUUM FULL shrinking", "TRUNCATE shrinking"]):
+        with crashing.connect() as conn:
+            conn.execute(f"INSERT INTO shrinking SELECT i, %s, {BLOCK} FROM generate_series(1, 200) AS i", (1000 * turn, 1000 * turn))
+            conn.execute("CHECKPOINT")
+            before = conn.execute(size).fetchone()[0]
+            # Rows in the middle stay, so that a repack has something to move.
+            conn.execute("DELETE FROM shrinking WHERE id NOT BETWEEN 90 AND 99")
+            conn.execute("VACUUM (TRUNCATE off) shrinking")
+            conn.execute("VACUUM (TRUNCATE off) shrinking")
+            conn.execute(last)
+            after, rows = conn.execute(size).fetchone()[0], conn.execute("SELECT count(*) FROM shrinking").fetchone()[0]
+            shrunk += after < before
+        crashing.kill(crashing.postmaster())
+        crashing.start()
+        with crashing.connect() as conn:
+            assert conn.execute(RIGHT).fetchone() == (rows, rows)
+            assert conn.execute(size).fetchone()[0] >= after
+            assert problems(conn) == []
+            conn.execute(f"INSERT INTO shrinking SELECT i, %s, {BLOCK} FROM generate_series(1, 50) AS i", (1000 * turn + 300, 1000 * turn + 300))
+            assert conn.execute(RIGHT).fetchone() == (rows + 50, rows + 50)
+            assert problems(conn) == []
+    assert shrunk >= 3
+
+
+def test_unlogged_store(crashing):
+    """An unlogged table is empty after a crash, and its store too; both are used again, and survive a clean stop."""
+    insert = f"INSERT INTO unlogged SELECT i, {BLOCK % 7} FROM generate_series(1, 30) AS i"
+    with crashing.connect() as conn:
+        conn.execute("DROP TABLE IF EXISTS unlogged")
+        conn.execute("CREATE UNLOGGED TABLE unlogged (id int PRIMARY KEY, data tensor_block) USING tensor_block")
+        conn.execute(insert)
+        conn.execute("CHECKPOINT")
+    crashing.kill(crashing.postmaster())
+    crashing.start()
+    for how in ("crash", "stop"):
+        with crashing.connect() as conn:
+            if how == "crash":
+                assert conn.execute("SELECT count(*) FROM unlogged").fetchone()[0] == 0
+                assert problems(conn) == []
+                conn.execute("VACUUM unlogged")
+                conn.execute(insert)
+                conn.execute("VACUUM unlogged")
+            assert conn.execute("SELECT count(DISTINCT data::bytea) FROM unlogged").fetchone()[0] == 30
+            assert problems(conn) == []
+        crashing.stop()
+        crashing.start()
+
+
+def test_minimal_wal(crashing):
+    """With wal_level = minimal, a store that its own transaction made is not logged but flushed at COMMIT."""
+    minimal = Cluster("crash_store", settings=(*SETTINGS, "wal_level = minimal", "max_wal_senders = 0", "archive_mode = off"))
+    crashing.stop()
+    for threshold in ("0", "64MB"):  # flushed as a file, or as pages of WAL
+        minimal.start()
+        with minimal.connect() as conn:
+            conn.execute(f"SET wal_skip_threshold = '{threshold}'")
+            conn.execute("BEGIN")
+            conn.execute("DROP TABLE IF EXISTS made")
+            conn.execute("CREATE TABLE made (id int, data tensor_block) USING tensor_block")
+            conn.execute(f"INSERT INTO made SELECT i, {BLOCK % 0} FROM generate_series(1, 60) AS i")
+            conn.execute("SAVEPOINT a")
+            conn.execute("TRUNCATE made")
+            conn.execute("ROLLBACK TO a")
+            conn.execute("COMMIT")
+            conn.execute("BEGIN")
+            conn.execute("CREATE TABLE IF NOT EXISTS other (id int, data tensor_block) USING tensor_block")
+            conn.execute("TRUNCATE other")
+            conn.execute("INSERT INTO other SELECT * FROM made")
+            conn.execute("COMMIT")
+            conn.execute("DELETE FROM other WHERE id > 30")
+            conn.execute("VACUUM FULL other")
+            conn.execute(f"INSERT INTO made SELECT i, {BLOCK % 0} FROM generate_series(61, 70) AS i")
+        minimal.kill(minimal.postmaster())
+        minimal.start()
+        with minimal.connect() as conn:
+            for table, rows in (("made", 70), ("other", 30)):
+                right = f"SELECT count(*) FROM {table} AS t (i, data) WHERE data::real[] = array_fill(i::real, ARRAY[128, 128])"
+                assert conn.execute(right).fetchone()[0] == rows
+            assert problems(conn) == []
+    minimal.stop()
+    crashing.start()
