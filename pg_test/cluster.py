@@ -94,7 +94,8 @@ class Cluster:
         return int((self.data / "postmaster.pid").read_text().split()[0])
 
     def kill(self, postmaster: int) -> None:
-        """kill -9 of the whole server: the postmaster first, then what it leaves behind."""
+        """kill -9 of the whole server, the postmaster and its children. It is halted first, so that it makes no new ones."""
+        os.kill(postmaster, signal.SIGSTOP)
         family = [postmaster, *children(postmaster)]
         for pid in family:
             try:

@@ -74,6 +74,8 @@ def test_rounds(crashing):
         load.wait()
         crashing.start()
         load.check(f"seed {seed}, round {turn}, {how} after {wait:.3f} s")
+        if turn % 10 == 0:
+            print(f"round {turn} after {time.monotonic() - started:.0f} s", file=sys.stderr)
     crashing.stop()
     crashing.verify_checksums()
     crashing.start()
