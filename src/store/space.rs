@@ -4,11 +4,11 @@
 //! (*gaps*) from them and writes a list; who reserves space takes runs from the list, then fresh extents. What an ERROR
 //! or a crash loses of the list, the next VACUUM finds again.
 
+use super::fault;
 use super::format::{
     EXTENT_PAGES, GAP_MAGIC, GAPS, Gap, GapPage, HEAD_PAGES, Meta, check_map_header, extent_of, extent_start,
     position_of,
 };
-use super::fault;
 use super::locators::{self, META_PAGE, check, meta_of};
 use super::reserve::{place, set_maps_aside};
 use crate::pg::buffer::{Exclusive, PAGE_BYTES, Pinned, init_page};
