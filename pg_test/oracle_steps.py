@@ -15,6 +15,12 @@ SIZES = [0, 1, 7, 12, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 100, 126, 127, 128
 SIZES += [4000, 8100, 8160, 8168, 8176, 8192, 9000, 16400, 65524, 65536, 65548, 66000]
 LARGE = [530_900, 530_920, 530_921, 600_000]
 
+# What a heap table has not is true there.
+ONLY_OURS = (
+    "SELECT CASE amname WHEN 'tensor_block' THEN # ELSE true END FROM pg_class AS c JOIN pg_am AS m ON m.oid = relam "
+    "WHERE c.oid = '{t}'::regclass"
+)
+
 INDEXES = {
     "group": "(g)",
     "partial": "(k) WHERE g > 4",
@@ -184,6 +190,7 @@ class Steps:
         """What cannot be in a transaction. Nobody else is in one if `alone`: then the file may shrink without waiting."""
         name, body = self.dice.choice(list(INDEXES.items()))
         calm = ["VACUUM (TRUNCATE off) {t}"] * 5 + ["VACUUM (TRUNCATE off, ANALYZE) {t}", "VACUUM FULL {t}"]
+        calm += [ONLY_OURS.replace("#", "repack(c.oid) >= 0"), ONLY_OURS.replace("#", "NOT EXISTS (SELECT FROM check_store(c.oid))")] if alone else []
         calm += ["CHECKPOINT"] if self.dice.random() < 0.1 else []
         if not alone:
             return self.dice.choice(calm)

@@ -288,6 +288,8 @@ class Run:
         for sql in ("ALTER TABLE {t} SET ACCESS METHOD {am}", "VACUUM {t}", "VACUUM {t}", "VACUUM FULL {t}"):
             self.sessions[0].both(sql)
             self.sessions[1].check()
+            problems = self.monitor.execute("SELECT * FROM check_store('ours')").fetchall()
+            assert not problems, f"seed {self.seed}: {problems[:5]}"
         for connection in [self.monitor, *(c for s in self.sessions for c in s.connections)]:
             connection.close()
 
