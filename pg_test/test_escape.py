@@ -95,7 +95,7 @@ COPIES = {
         "SELECT u.id, u.blk, u.b, s.t, s.j, s.a FROM copy, unnest(r) AS u JOIN kept AS s USING (id)"),
     "array of values": (
         "CREATE TABLE copy AS SELECT array_agg(b ORDER BY id) AS b, array_agg(blk ORDER BY id) AS blk, array_agg(t ORDER BY id) AS t FROM source",
-        "SELECT k.id, blk[k.id], b[k.id], t[k.id], k.j, k.a FROM copy, kept AS k"),
+        "SELECT k.id, c.blk[k.id] AS blk, c.b[k.id] AS b, c.t[k.id] AS t, k.j, k.a FROM copy AS c, kept AS k"),
     "range of rows sorted on disk": (
         "SET work_mem = '64kB'; CREATE TABLE copy AS SELECT * FROM (SELECT * FROM source ORDER BY md5(id::text), b OFFSET 0) AS s; RESET work_mem",
         "TABLE copy"),
