@@ -100,7 +100,6 @@ class Steps:
 
     RETURNING = " RETURNING k, g, n, md5(blk::bytea), md5(b), md5(t), md5(j::text), md5(a::text)"
     COLUMNS = "(k, g, n, blk, b, t, j, a)"
-    WAIT_CHANGE = "b = #"
 
     def change(self) -> str:
         """A statement that changes rows."""
@@ -190,12 +189,14 @@ class Steps:
         """What cannot be in a transaction. Nobody else is in one if `alone`: then the file may shrink without waiting."""
         name, body = self.dice.choice(list(INDEXES.items()))
         calm = ["VACUUM (TRUNCATE off) {t}"] * 5 + ["VACUUM (TRUNCATE off, ANALYZE) {t}", "VACUUM FULL {t}"]
-        calm += [ONLY_OURS.replace("#", "repack(c.oid) >= 0"), ONLY_OURS.replace("#", "NOT EXISTS (SELECT FROM check_store(c.oid))")] if alone else []
+        if alone:
+            calm += [ONLY_OURS.replace("#", check) for check in ("repack(c.oid) >= 0", "NOT EXISTS (SELECT FROM check_store(c.oid))")]
         calm += ["CHECKPOINT"] if self.dice.random() < 0.1 else []
         if not alone:
             return self.dice.choice(calm)
         return self.dice.choice([
             # A vacuum that freezes would wait for the page that an open cursor stands on.
-            *calm, "VACUUM {t}", "VACUUM {t}", "VACUUM (FREEZE) {t}", "VACUUM (DISABLE_PAGE_SKIPPING) {t}", "REINDEX TABLE CONCURRENTLY {t}", f"DROP INDEX CONCURRENTLY IF EXISTS {{t}}_{name}",
+            *calm, "VACUUM {t}", "VACUUM {t}", "VACUUM (FREEZE) {t}", "VACUUM (DISABLE_PAGE_SKIPPING) {t}",
+            "REINDEX TABLE CONCURRENTLY {t}", f"DROP INDEX CONCURRENTLY IF EXISTS {{t}}_{name}",
             f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {{t}}_{name} ON {{t}} {body}",
         ])

@@ -10,8 +10,6 @@ import pytest
 
 from helpers import Background
 
-pytestmark = pytest.mark.newer
-
 ROWS = 24
 MAKE = """
 CREATE TYPE whole AS (id int, blk tensor_block, b bytea);

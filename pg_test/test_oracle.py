@@ -17,12 +17,10 @@ from cluster import Database
 from helpers import Background
 from oracle_steps import KEYS, TABLE, Steps, pool_rows
 
-pytestmark = pytest.mark.newer
-
 FULL = bool(os.environ.get("TESSERA_FULL"))
 SEED = int(os.environ.get("TESSERA_SEED") or random.SystemRandom().randrange(10**6))
-STEPS = int(os.environ.get("TESSERA_STEPS") or 1000)
-RUNS = 1 if os.environ.get("TESSERA_SEED") else (30 if FULL else 3)
+STEPS = int(os.environ.get("TESSERA_STEPS") or (3000 if FULL else 800))
+RUNS = 1 if os.environ.get("TESSERA_SEED") else (10 if FULL else 3)
 SESSIONS = 3
 
 SETUP = """
@@ -245,7 +243,7 @@ class Run:
         dice, key = self.dice, self.dice.randrange(KEYS)
         first.begin("READ COMMITTED")
         done = first.both(dice.choice([
-            f"UPDATE {{t}} SET g = coalesce(g, 0) + 1, {self.steps.WAIT_CHANGE.replace('#', self.steps.value('b'))} WHERE k = {key}",
+            f"UPDATE {{t}} SET g = coalesce(g, 0) + 1, b = {self.steps.value('b')} WHERE k = {key}",
             f"DELETE FROM {{t}} WHERE k = {key}", f"UPDATE {{t}} SET k = {KEYS + key} WHERE k = {key}",
             f"INSERT INTO {{t}} (k, g, b) VALUES ({key}, 1, {self.steps.value('b')})",
         ]))
@@ -258,7 +256,8 @@ class Run:
             f"UPDATE {{t}} SET t = md5({{t}}.b) || repeat('x', 3000), a = p.a FROM pool AS p WHERE p.id = {{t}}.g AND k = {key}{returning}",
             f"DELETE FROM {{t}} WHERE k = {key} AND g > 2{returning}",
             f"SELECT k, g, md5(b), md5(t) FROM {{t}} WHERE k = {key} AND g > 1 FOR UPDATE",
-            f"INSERT INTO {{t}} (k, g, b) VALUES ({key}, 5, {self.steps.value('b')}) ON CONFLICT (k) DO UPDATE SET g = {{t}}.g + 1, blk = {{t}}.blk{returning}",
+            f"INSERT INTO {{t}} (k, g, b) VALUES ({key}, 5, {self.steps.value('b')}) "
+            f"ON CONFLICT (k) DO UPDATE SET g = {{t}}.g + 1, blk = {{t}}.blk{returning}",
             f"INSERT INTO {{t}} (k, g, b) VALUES ({key}, 5, {self.steps.value('b')}) ON CONFLICT DO NOTHING",
             f"MERGE INTO {{t}} USING (SELECT {key} AS k) AS v ON {{t}}.k = v.k WHEN MATCHED AND g > 7 THEN DELETE "
             f"WHEN MATCHED THEN UPDATE SET {self.steps.changes()} WHEN NOT MATCHED THEN INSERT (k, g) VALUES (v.k, 2)",

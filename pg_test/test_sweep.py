@@ -10,8 +10,6 @@ import pytest
 from cluster import Cluster, Database
 from helpers import Background, fails, store_size
 
-pytestmark = pytest.mark.newer
-
 FULL = bool(os.environ.get("TESSERA_FULL"))
 MAKE = """
 CREATE FUNCTION value(i int, n int DEFAULT 1000) RETURNS bytea LANGUAGE sql IMMUTABLE PARALLEL SAFE AS
@@ -85,6 +83,44 @@ def test_update_carries_a_condemned_reference(fresh, conn):
             writer.execute("COMMIT")
         vacuum(conn, 3)
         right(conn, 200)
+
+
+def test_references_move_while_a_sweep_marks(fresh, conn):
+    """Slow sweeps, and rows that move from pages ahead of the marking scan to pages behind it; old versions are pruned at once."""
+    conn.execute("ALTER TABLE w ADD pad char(300) DEFAULT 'x'; ALTER TABLE w ALTER pad SET STORAGE PLAIN")
+    insert(conn, 1, 1000)
+    conn.execute("DELETE FROM w WHERE id <= 300 OR id % 4 = 0")
+    conn.execute("VACUUM (PROCESS_TOAST off) w")
+    rows, store = one(conn, "SELECT count(*) FROM w"), toast(conn)
+    stop = threading.Event()
+
+    def sweep() -> int:
+        sweeps = 0
+        with fresh.connect() as mine:
+            mine.execute("SET vacuum_cost_delay = '4ms'; SET vacuum_cost_limit = 1; SET vacuum_cost_page_hit = 1")
+            while not stop.is_set():
+                mine.execute(f"VACUUM {store}")
+                sweeps += 1
+        return sweeps
+
+    def forward(plus: int) -> str:
+        return f"ctid >= '({plus},0)' AND ctid < '({plus + 12},0)'"
+
+    sweeping, moved = Background(sweep), 0
+    deadline = time.monotonic() + (5 if not FULL else 60)
+    while time.monotonic() < deadline:
+        for page in (30, 20, 10, 0):
+            before = dict(conn.execute(f"SELECT id, ctid::text FROM w WHERE {forward(page)}").fetchall())
+            conn.execute(f"UPDATE w SET seed = seed WHERE {forward(page)}")
+            conn.execute("VACUUM (PROCESS_TOAST off) w")
+            after = dict(conn.execute("SELECT id, ctid::text FROM w").fetchall())
+            moved += sum(after[key].split(",")[0] != tid.split(",")[0] for key, tid in before.items())
+    stop.set()
+    assert sweeping.result() >= 4
+    assert moved > 500, f"only {moved} rows changed their page"
+    vacuum(conn)
+    right(conn, rows)
+    assert blocks(conn) == rows
 
 
 def test_a_hit_takes_back_a_condemnation(fresh, conn):
@@ -263,6 +299,25 @@ def test_failed_rebuild_of_the_directory(fresh, conn):
     right(conn, 110)
 
 
+def cancel_after(conn: psycopg.Connection, sql: str, seconds: float) -> bool:
+    """Runs a statement and cancels it after some time; true if it was still running."""
+    timer = threading.Timer(seconds, conn.cancel)
+    timer.start()
+    try:
+        conn.execute(sql)
+    except psycopg.errors.QueryCanceled:
+        return True
+    finally:
+        timer.cancel()
+        timer.join()
+        # A request that came too late ends this in place of the statement.
+        try:
+            conn.execute("SELECT pg_sleep(0.02)")
+        except psycopg.errors.QueryCanceled:
+            pass
+    return False
+
+
 @pytest.mark.parametrize("what", ["VACUUM w", "VACUUM FULL w", "CLUSTER w USING w_pkey", "SELECT repack('w')",
                                   "INSERT INTO w SELECT i + 5000, i + 5000, block(i + 5000) FROM generate_series(1, 1500) AS i"])
 def test_cancelled_anywhere(conn, what):
@@ -282,16 +337,9 @@ def test_cancelled_anywhere(conn, what):
     cancelled = 0
     for turn in range(12 if not FULL else 60):
         conn.execute(f"UPDATE w SET seed = seed + 600, data = block(seed + 600) WHERE id % 12 = {turn % 12}")
-        timeout = max(1, int(whole * 1000 * (turn % 12 + 0.5) / 12))
-        conn.execute(f"SET statement_timeout = {timeout}")
-        try:
-            conn.execute(what)
-        except psycopg.errors.QueryCanceled:
-            cancelled += 1
-        conn.execute("SET statement_timeout = 0")
+        cancelled += cancel_after(conn, what, whole * (turn % 12 + 0.5) / 12)
         conn.execute("DELETE FROM w WHERE id > 5000")
         right(conn, 400)
-    conn.execute("SET statement_timeout = 0")
     conn.execute(what)
     conn.execute("DELETE FROM w WHERE id > 5000")
     vacuum(conn, 3)
