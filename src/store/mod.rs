@@ -9,7 +9,7 @@
 //! steps leaves behind is a reserved block, which the sweep removes, never a wrong answer.
 //!
 //! Lock order: hash lock (heavyweight, one at a time) -> extension lock -> nothing; hash lock -> metapage -> gap page, or
-//! metapage -> upper map page -> lower map page -> locator page, by content locks. Payload pages are locked alone. No
+//! metapage -> upper map page -> lower map page -> locator page (or free page), by content locks. Payload pages are locked alone. No
 //! heavyweight lock is waited for under a content lock.
 
 pub mod check;
@@ -24,6 +24,7 @@ pub mod repack;
 pub mod reserve;
 mod space;
 pub mod sweep;
+pub mod tree;
 pub mod uses;
 
 use crate::pg::relation::{OpenRelation, PageLock};

@@ -11,6 +11,7 @@ use super::format::{
 };
 use super::locators::{self, META_PAGE, check, meta_of};
 use super::reserve::{place, set_maps_aside};
+use super::tree;
 use crate::pg::buffer::{Exclusive, PAGE_BYTES, Pinned, init_page};
 use crate::pg::wal::GenericRecord;
 use crate::pg::{interrupt, relation};
@@ -97,7 +98,7 @@ pub fn survey(rel: pg_sys::Relation, detached: &Meta) -> Occupied {
     });
     // Extents with pages of the tree or of gaps are theirs whole.
     let meta = locators::read_meta(rel).unwrap_or(*detached);
-    let mut maps = locators::tree_pages(rel, &meta);
+    let mut maps = tree::tree_pages(rel, &meta);
     maps.extend(chain(rel, &meta));
     if detached.map_end > HEAD_PAGES {
         maps.push(detached.map_end - 1);
@@ -230,7 +231,9 @@ fn take_map_page(rel: pg_sys::Relation, may_extend: bool) -> Option<u32> {
         let pin = Pinned::read(rel, META_PAGE);
         let mut page = pin.exclusive();
         let mut meta = meta_of(rel, page.bytes());
-        let number = set_maps_aside(&mut meta, 1).unwrap_or_else(|full| locators::full_store(full));
+        let freed = tree::take_free_pages(rel, &mut meta, 1).first().copied();
+        let number =
+            freed.unwrap_or_else(|| set_maps_aside(&mut meta, 1).unwrap_or_else(|full| locators::full_store(full)));
         if number >= have {
             if !may_extend {
                 return None;
@@ -241,7 +244,9 @@ fn take_map_page(rel: pg_sys::Relation, may_extend: bool) -> Option<u32> {
             have = relation::pages(rel);
             continue;
         }
-        meta.map_next += 1;
+        if freed.is_none() {
+            meta.map_next += 1;
+        }
         let record = GenericRecord::start(rel);
         meta.write(record.page(&mut page, false));
         record.finish();
