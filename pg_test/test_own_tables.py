@@ -206,6 +206,19 @@ def test_restart(server, fresh):
         check(conn, 100)
 
 
+@pytest.mark.parametrize("how", ["INDEX", "INDEX CONCURRENTLY"])
+def test_directory_built_in_parallel(conn, how):
+    """PostgreSQL asks for workers to build an index of a large relation: also for the directory of a block store."""
+    (index,) = conn.execute("SELECT indexrelid::regclass::text FROM pg_index JOIN pg_class t ON indrelid = reltoastrelid WHERE t.oid = 'w'::regclass").fetchone()
+    conn.execute("SET min_parallel_table_scan_size = 0")
+    conn.execute("SET maintenance_work_mem = '256MB'")
+    conn.execute(f"REINDEX {how} {index}")
+    assert conn.execute("SELECT * FROM check_store('w')").fetchall() == []
+    conn.execute("INSERT INTO w SELECT i, 'row ' || i, value(i % 10)::tensor_block FROM generate_series(101, 120) AS i")
+    assert storage(conn, "w")["blocks_stored"] == 10, "the new index does not find what is there"
+    check(conn, 120)
+
+
 # Every operation beyond this release's list works wholly, or says that it does not yet.
 OTHERS = [
     "UPDATE w SET note = note",

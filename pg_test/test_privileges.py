@@ -162,3 +162,34 @@ def test_extension_in_a_schema(fresh):
         conn.execute("SELECT models.load_model('m', %b)", (onnx_file("fraud_fc_256_tuned"),))
         conn.execute("SELECT models.predict('m', array_fill(0.5::real, ARRAY[28]))")
         conn.execute("SELECT models.drop_model('m')")
+
+
+def test_a_domain_that_took_a_free_name(conn):
+    """Who renames a model's domain by hand stands in the way of another model, and is told from it."""
+    load(conn, "renamed", "fraud_fc_256")
+    conn.execute("ALTER DOMAIN tessera_model.renamed RENAME TO free")
+    fails(conn, "SELECT load_model('free', %b)", (onnx_file("fraud_fc_256"),), "42710")
+    conn.execute("SELECT drop_model('renamed')")
+    load(conn, "free", "fraud_fc_256")
+
+
+def test_maintenance_is_for_owners(fresh):
+    with fresh.connect() as conn:
+        conn.execute("DROP ROLE IF EXISTS stranger")
+        conn.execute("CREATE ROLE stranger LOGIN")
+        conn.execute("CREATE TABLE t (k int PRIMARY KEY, data bytea) USING tensor_block")
+        conn.execute("GRANT SELECT ON t TO stranger")
+        with fresh.connect(user="stranger") as stranger:
+            for call in ("check_store('t')", "repack('t')", "tessera.store_meta('t')", "tessera.store_blocks('t')", "tessera.store_page('t', 0)"):
+                fails(stranger, f"SELECT {call}", (), "42501", hint=False)
+            fails(stranger, "SELECT check_store('tessera.weight')", (), "42501")
+        for call in ("check_store('pg_class')", "repack('pg_class')", "tessera.store_meta('pg_class')"):
+            fails(conn, f"SELECT {call}", (), "42809")
+        fails(conn, "SELECT repack('t', 'nothing')", (), "42703")
+        fails(conn, "SELECT tessera.store_page('t', -1)", (), "22023")
+        conn.execute("ALTER TABLE t OWNER TO stranger")
+        with fresh.connect(user="stranger") as owner:
+            assert owner.execute("SELECT repack('t')").fetchone()[0] == 0
+            assert owner.execute("SELECT count(*) FROM check_store('t')").fetchone()[0] == 0
+        conn.execute("DROP OWNED BY stranger")
+        conn.execute("DROP ROLE stranger")

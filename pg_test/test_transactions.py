@@ -256,3 +256,72 @@ def test_drop_of_a_models_role_is_a_drop_of_the_model(db):
             conn.execute("RESET ROLE")
             conn.execute("DROP OWNED BY passing")
             conn.execute("DROP ROLE passing")
+
+
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ"])
+def test_graph_shared_with_a_dropped_model(fresh, level):
+    """A load that is not committed yet uses the graph of a model that another session drops."""
+    with fresh.connect() as one, fresh.connect() as two:
+        load(one, "first", "fraud_fc_256")
+        two.execute(f"BEGIN ISOLATION LEVEL {level}")
+        load(two, "second", "fraud_fc_256_tuned")
+        one.execute(f"BEGIN ISOLATION LEVEL {level}")
+        one.execute("SELECT drop_model('first')")
+        one.execute("COMMIT")
+        two.execute("COMMIT")
+        assert_answers(one, "second", "fraud_fc_256_tuned", 7)
+        one.execute("SELECT drop_model('second')")
+        assert one.execute("SELECT count(*) FROM tessera.graph").fetchone()[0] == 0, "the graph stays without a use"
+
+
+def test_graph_after_a_snapshot(fresh):
+    """A drop under a snapshot that does not see the other model yet."""
+    with fresh.connect() as one, fresh.connect() as two:
+        load(one, "first", "fraud_fc_256")
+        one.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        one.execute("SELECT count(*) FROM tessera.models")
+        load(two, "second", "fraud_fc_256_tuned")
+        one.execute("SELECT drop_model('first')")
+        one.execute("COMMIT")
+        assert_answers(two, "second", "fraud_fc_256_tuned", 7)
+
+
+def test_load_during_a_drop_of_its_twin(fresh):
+    """The dropped model has the same graph and the same tensors."""
+    with fresh.connect() as one, fresh.connect() as two:
+        load(one, "first", "fraud_fc_256")
+        one.execute("BEGIN")
+        one.execute("SELECT drop_model('first')")
+        loading = Background(load, two, "second", "fraud_fc_256")
+        loading.waits(0.3)  # it may wait, or not
+        one.execute("COMMIT")
+        loading.result()
+        assert_answers(one, "second", "fraud_fc_256", 7)
+
+
+def test_drop_of_a_twin_during_a_load(fresh):
+    with fresh.connect() as one, fresh.connect() as two:
+        load(one, "first", "fraud_fc_256")
+        two.execute("BEGIN")
+        load(two, "second", "fraud_fc_256")
+        dropping = Background(one.execute, "SELECT drop_model('first')")
+        dropping.waits(0.3)  # it may wait, or not
+        two.execute("COMMIT")
+        dropping.result()
+        assert_answers(two, "second", "fraud_fc_256", 7)
+
+
+def test_loads_and_drops_of_equal_models(fresh):
+    """Four sessions load and drop the same two contents under names of their own: what is loaded is whole."""
+
+    def work(session: int) -> None:
+        with fresh.connect() as conn:
+            for turn in range(25):
+                model = ("fraud_fc_256", "fraud_fc_256_tuned")[(turn + session) % 2]
+                load(conn, f"m{session}", model)
+                assert_answers(conn, f"m{session}", model, 1)
+                assert conn.execute("SELECT octet_length(export_model(%s))", (f"m{session}",)).fetchone()[0] > 30_000
+                conn.execute("SELECT drop_model(%s)", (f"m{session}",))
+
+    for session in [Background(work, session) for session in range(4)]:
+        session.result()

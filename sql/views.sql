@@ -7,14 +7,15 @@ CREATE FUNCTION tessera.block_id(text) RETURNS bigint LANGUAGE c STABLE STRICT P
 COMMENT ON FUNCTION tessera.block_id(text) IS 'number of the value''s block in its table''s block store; null for a value that lies in the row';
 
 CREATE FUNCTION tessera.store_totals(relation regclass, OUT blocks_referenced bigint, OUT bytes_referenced bigint,
-    OUT blocks_stored bigint, OUT bytes_stored bigint, OUT store_bytes bigint)
+    OUT blocks_stored bigint, OUT bytes_stored bigint, OUT store_bytes bigint, OUT block_ids_left bigint)
     RETURNS record LANGUAGE c STABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'tessera_store_totals';
 COMMENT ON FUNCTION tessera.store_totals(regclass) IS 'counts of a tensor_block table and its block store';
 
 CREATE VIEW tessera.storage AS
     SELECT c.oid::regclass AS relation, t.blocks_referenced, t.bytes_referenced, t.blocks_stored, t.bytes_stored,
            t.store_bytes,
-           CASE WHEN t.bytes_stored > 0 THEN round(t.bytes_referenced::numeric / t.bytes_stored, 3) END AS deduplication_ratio
+           CASE WHEN t.bytes_stored > 0 THEN round(t.bytes_referenced::numeric / t.bytes_stored, 3) END AS deduplication_ratio,
+           t.block_ids_left
     FROM pg_catalog.pg_class c
     JOIN pg_catalog.pg_am a ON a.oid = c.relam AND a.amname = 'tensor_block'
     CROSS JOIN LATERAL tessera.store_totals(c.oid::regclass) t

@@ -12,6 +12,7 @@ use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use pgrx::spi::{SpiClient, SpiError};
+use std::ffi::CStr;
 use tensor_blocks::{Block, Tiling};
 
 /// A model that was parsed and checked, ready to be stored.
@@ -47,13 +48,28 @@ fn as_owner<T>(f: impl FnOnce(&mut SpiClient<'_>, pg_sys::Oid) -> Result<T, SpiE
 
 /// Takes the lock on a model's name.
 fn lock_name(name: &str) {
-    let class = relation_oid(c"tessera", c"model").unwrap_or(pg_sys::InvalidOid);
-    let hash = blake3::hash(name.as_bytes());
+    lock_object(c"model", name.as_bytes(), pg_sys::ExclusiveLock, true);
+}
+
+/// A heavyweight lock on (database, table of `tessera`, number of `what`), released at the end of the transaction. False if
+/// it is not to be had without waiting.
+fn lock_object(table: &CStr, what: &[u8], mode: u32, wait: bool) -> bool {
+    let class = relation_oid(c"tessera", table).unwrap_or(pg_sys::InvalidOid);
+    let hash = blake3::hash(what);
     let object = u32::from_le_bytes(hash.as_bytes()[..4].try_into().expect("four bytes"));
-    // SAFETY: a heavyweight lock on (database, class, number); released at the end of the transaction.
-    unsafe {
-        pg_sys::LockDatabaseObject(class, pg_sys::Oid::from_u32(object), 0, pg_sys::ExclusiveLock as pg_sys::LOCKMODE)
+    // SET_LOCKTAG_OBJECT (lock.h), as LockDatabaseObject uses it.
+    let tag = pg_sys::LOCKTAG {
+        // SAFETY: set once, when the backend starts.
+        locktag_field1: unsafe { pg_sys::MyDatabaseId }.to_u32(),
+        locktag_field2: class.to_u32(),
+        locktag_field3: object,
+        locktag_field4: 0,
+        locktag_type: pg_sys::LockTagType::LOCKTAG_OBJECT as u8,
+        locktag_lockmethodid: pg_sys::DEFAULT_LOCKMETHOD as u8,
     };
+    // SAFETY: in a transaction; the tag is read during the call.
+    let result = unsafe { pg_sys::LockAcquire(&tag, mode as pg_sys::LOCKMODE, false, !wait) };
+    result != pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
 }
 
 struct ModelRow {
@@ -118,6 +134,20 @@ fn create(client: &mut SpiClient<'_>, name: &str, caller: pg_sys::Oid) -> Result
     // SAFETY: syscache look-up; the name is palloc'd.
     let owner =
         unsafe { std::ffi::CStr::from_ptr(pg_sys::GetUserNameFromId(caller, false)).to_string_lossy().into_owned() };
+    // Somebody may have renamed a domain of theirs to this name.
+    let taken = client.update(
+        "SELECT FROM pg_catalog.pg_type WHERE typname = $1::name AND typnamespace = 'tessera_model'::regnamespace",
+        Some(1),
+        &[name.into()],
+    )?;
+    if !taken.is_empty() {
+        error::raise(
+            PgSqlErrorCode::ERRCODE_DUPLICATE_OBJECT,
+            format!("the domain of model \"{name}\" cannot be made: type {domain} exists"),
+            "It belongs to no model of that name.",
+            "Choose another name, or rename or drop that type.",
+        );
+    }
     client.update(&format!("CREATE DOMAIN {domain} AS bytea"), None, &[])?;
     let comment = pgrx::spi::quote_literal("a model of pg_tessera: its owner owns the model, USAGE allows to predict");
     client.update(&format!("COMMENT ON DOMAIN {domain} IS {comment}"), None, &[])?;
@@ -147,6 +177,8 @@ pub fn store(name: &str, new: &NewVersion<'_>) -> i32 {
                 "Load it under another name.",
             )
         });
+        // Until this transaction ends nobody else sees that the graph is used: see `delete_unused_graphs`.
+        lock_object(c"graph", &new.graph_hash, pg_sys::ShareLock, true);
         client.update(
             "INSERT INTO tessera.graph (hash, graph) VALUES ($1, $2) ON CONFLICT (hash) DO NOTHING",
             None,
@@ -189,10 +221,12 @@ pub fn store(name: &str, new: &NewVersion<'_>) -> i32 {
     })
 }
 
-/// Another version with the same content and tiling. Equal content hashes are equal graphs and tensors.
+/// Another version with the same content and tiling. Equal content hashes are equal graphs and tensors. It is locked, so
+/// that it is still there when its rows are copied, by later statements; one that is being dropped is passed over.
 fn stored_before(client: &mut SpiClient<'_>, id: i64, new: &NewVersion<'_>) -> Result<Option<i64>, SpiError> {
     let rows = client.update(
-        "SELECT id FROM tessera.model_version WHERE content_hash = $1 AND block_bytes = $2 AND id <> $3",
+        "SELECT id FROM tessera.model_version WHERE content_hash = $1 AND block_bytes = $2 AND id <> $3
+         LIMIT 1 FOR KEY SHARE SKIP LOCKED",
         Some(1),
         &[new.content_hash.to_vec().into(), (new.block_bytes as i32).into(), id.into()],
     )?;
@@ -414,10 +448,30 @@ fn delete_versions(client: &mut SpiClient<'_>, versions: &[i64]) -> Result<(), S
     ] {
         client.update(query, None, &[versions.clone().into()])?;
     }
-    client.update(
-        "DELETE FROM tessera.graph g WHERE NOT EXISTS (SELECT FROM tessera.model_version v WHERE v.graph_hash = g.hash)",
-        None,
-        &[],
-    )?;
+    delete_unused_graphs(client)
+}
+
+/// Removes the graphs that no version uses, except those that a running load uses or waits for: the version that it will
+/// commit cannot be seen yet. What is left here goes with a later drop.
+fn delete_unused_graphs(client: &mut SpiClient<'_>) -> Result<(), SpiError> {
+    const UNUSED: &str = "NOT EXISTS (SELECT FROM tessera.model_version v WHERE v.graph_hash = g.hash)";
+    // SAFETY: this transaction's own setting. Under one snapshot for all statements, versions committed since are not seen.
+    if unsafe { pg_sys::XactIsoLevel } >= pg_sys::XACT_REPEATABLE_READ as i32 {
+        return Ok(());
+    }
+    let unused: Vec<Vec<u8>> = client
+        .update(&format!("SELECT hash FROM tessera.graph g WHERE {UNUSED}"), None, &[])?
+        .map(|row| row.get::<Vec<u8>>(1).map(Option::unwrap_or_default))
+        .collect::<Result<_, _>>()?;
+    let free: Vec<Vec<u8>> =
+        unused.into_iter().filter(|hash| lock_object(c"graph", hash, pg_sys::ExclusiveLock, false)).collect();
+    if !free.is_empty() {
+        // With a snapshot of its own: a load may have ended between the first look and the lock.
+        client.update(
+            &format!("DELETE FROM tessera.graph g WHERE hash = ANY ($1) AND {UNUSED}"),
+            None,
+            &[free.into()],
+        )?;
+    }
     Ok(())
 }

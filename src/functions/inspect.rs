@@ -1,7 +1,7 @@
 //! Inspection: what a table's block store holds.
 
 use crate::pg::fmgr::{Call, sql_functions};
-use crate::pg::relation::{self, OpenRelation};
+use crate::pg::relation::OpenRelation;
 use crate::pg::varlena;
 use crate::{pg::error, pg::interrupt, store};
 use pgrx::pg_sys;
@@ -15,23 +15,19 @@ fn store_totals(call: &Call) -> pg_sys::Datum {
     let table = OpenRelation::table(oid, pg_sys::AccessShareLock);
     check_readable(oid);
     let store_oid = open_store(table.raw());
-    let (blocks, bytes, pages) = if store_oid == pg_sys::InvalidOid {
-        (0, 0, 0)
-    } else {
-        let store_rel = OpenRelation::table(store_oid, pg_sys::AccessShareLock);
-        let totals = store::totals(store_rel.raw());
-        debug_assert!(relation::pages(store_rel.raw()) >= totals.2);
-        totals
-    };
+    let store = (store_oid != pg_sys::InvalidOid).then(|| OpenRelation::table(store_oid, pg_sys::AccessShareLock));
+    let totals = store.map(|store| store::totals(store.raw()));
     let (references, referenced_bytes) = count_references(table.raw(), store_oid);
+    let of = |count: fn(&store::Totals) -> u64| totals.as_ref().map_or(0, count) as i64;
     record(
         call,
         &[
             references as i64,
             referenced_bytes as i64,
-            blocks as i64,
-            bytes as i64,
-            i64::from(pages) * pg_sys::BLCKSZ as i64,
+            of(|t| t.blocks),
+            of(|t| t.bytes),
+            of(|t| u64::from(t.pages) * pg_sys::BLCKSZ as u64),
+            of(|t| t.ids_left),
         ],
     )
 }

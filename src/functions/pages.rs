@@ -6,9 +6,9 @@ use crate::pg::error;
 use crate::pg::fmgr::{Call, Rows, sql_functions};
 use crate::pg::relation::{self, OpenRelation};
 use crate::store::format::{
-    GAP_MAGIC, GapPage, HEAD_PAGES, LOCATOR_MAGIC, MAP_MAGIC, META_MAGIC, State, extent_of, page_magic,
+    FREE_MAGIC, GAP_MAGIC, GapPage, HEAD_PAGES, LOCATOR_MAGIC, MAP_MAGIC, META_MAGIC, State, extent_of, page_magic,
 };
-use crate::store::locators;
+use crate::store::{locators, tree};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
@@ -110,7 +110,7 @@ fn store_page(call: &Call) -> pg_sys::Datum {
         )
     };
     let meta = locators::read_meta(store.raw());
-    let tree: Vec<u32> = meta.as_ref().map(|meta| locators::tree_pages(store.raw(), meta)).unwrap_or_default();
+    let tree: Vec<u32> = meta.as_ref().map(|meta| tree::tree_pages(store.raw(), meta)).unwrap_or_default();
     let pin = Pinned::read(store.raw(), page);
     let bytes = pin.share().bytes().to_vec();
     let magic = page_magic(&bytes);
@@ -121,6 +121,7 @@ fn store_page(call: &Call) -> pg_sys::Datum {
         Some(LOCATOR_MAGIC) if tree.contains(&page) => {
             ("locators", Some(crate::store::format::locator_entries(&bytes)))
         }
+        Some(FREE_MAGIC) if tree.contains(&page) => ("unused", None),
         Some(GAP_MAGIC) if page < HEAD_PAGES || !tree.contains(&page) && GapPage::read(&bytes).is_plausible(pages) => {
             ("gaps", Some(GapPage::read(&bytes).gaps.len() as i64))
         }

@@ -1,7 +1,7 @@
 //! What must hold in a block store, looked at block by block.
 
 use super::format::{HEAD_PAGES, Locator, State, position_of};
-use super::{directory, locators, payload, value_hash};
+use super::{directory, locators, payload, tree, value_hash};
 use crate::pg::toast_index::ToastIndexes;
 use crate::pg::varlena;
 use crate::pg::{interrupt, relation};
@@ -81,7 +81,7 @@ pub fn check(rel: pg_sys::Relation, report: &mut dyn FnMut(&str, Option<u32>, St
             report("overlapping blocks", Some(pair[1].2), format!("It overlaps block {}.", pair[0].2));
         }
     }
-    for page in locators::tree_pages(rel, &meta) {
+    for page in tree::tree_pages(rel, &meta) {
         let (start, end) = (position_of(page.into()), position_of(u64::from(page) + 1));
         let after = ranges.partition_point(|range| range.1 <= start);
         if let Some(range) = ranges.get(after).filter(|range| range.0 < end) {

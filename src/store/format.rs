@@ -11,6 +11,8 @@ pub const META_MAGIC: u32 = u32::from_le_bytes(*b"TSRA");
 pub const MAP_MAGIC: u32 = u32::from_le_bytes(*b"TSMP");
 /// 'TSLC', a page of locators.
 pub const LOCATOR_MAGIC: u32 = u32::from_le_bytes(*b"TSLC");
+/// 'TSFP', a page that was one of locators and is free for the tree and for gaps.
+pub const FREE_MAGIC: u32 = u32::from_le_bytes(*b"TSFP");
 /// 'TSGP', a page of gaps.
 pub const GAP_MAGIC: u32 = u32::from_le_bytes(*b"TSGP");
 /// Version that this library writes. It reads this one and all before it.
@@ -38,6 +40,7 @@ pub const GAP_HEADER: usize = 16;
 pub const GAPS: usize = (PAGE_BYTES - GAP_HEADER) / 16;
 
 const _: () = assert!(std::mem::size_of::<Meta>() == 168 && std::mem::size_of::<Locator>() == LOCATOR_BYTES);
+const _: () = assert!(LEAF_NUMBER + 4 <= PAGE_HEADER + PAGE_BYTES);
 const _: () = assert!(ROOTS as u64 * MAP_FANOUT as u64 * MAP_FANOUT as u64 * LOCATORS as u64 >= 1 << 32);
 
 /// The metapage's content, behind the page header.
@@ -74,8 +77,10 @@ pub struct Meta {
     pub gap_first: u32,
     /// Page of gaps from which space is taken; 0 when there are none left.
     pub gap_page: u32,
+    /// First page of the chain of pages that are free for the tree and for gaps; 0 where there is none.
+    pub map_free: u32,
     /// For later versions; zero.
-    pub reserved: [u32; 2],
+    pub reserved: u32,
 }
 
 /// What a locator's block is, besides being condemned or not.
@@ -130,7 +135,8 @@ impl Meta {
             roots: [0; ROOTS],
             gap_first: 0,
             gap_page: 0,
-            reserved: [0; 2],
+            map_free: 0,
+            reserved: 0,
         }
     }
 
@@ -153,7 +159,8 @@ impl Meta {
             roots: std::array::from_fn(|_| r.u32()),
             gap_first: r.u32(),
             gap_page: r.u32(),
-            reserved: std::array::from_fn(|_| r.u32()),
+            map_free: r.u32(),
+            reserved: r.u32(),
         };
         if meta.magic != META_MAGIC {
             return Err(FormatError::Magic { found: meta.magic, expected: META_MAGIC });
@@ -177,7 +184,7 @@ impl Meta {
         for v in [self.fill_at, self.fill_end, self.stored_blocks, self.stored_bytes] {
             w.put(&v.to_le_bytes());
         }
-        for v in self.roots.iter().chain([&self.gap_first, &self.gap_page]).chain(&self.reserved) {
+        for v in self.roots.iter().chain([&self.gap_first, &self.gap_page, &self.map_free, &self.reserved]) {
             w.put(&v.to_le_bytes());
         }
     }
@@ -250,6 +257,8 @@ impl Locator {
 /// The way from the metapage to a block's locator: indexes at each level of the radix tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Path {
+    /// Number of the locator page among all: the ids from `leaf * LOCATORS` on.
+    pub leaf: u32,
     /// Entry of the metapage's roots.
     pub root: u32,
     /// Entry of the upper map page.
@@ -266,12 +275,42 @@ impl Path {
         let leaf = block_id / LOCATORS;
         let lower_page = leaf / MAP_FANOUT;
         Path {
+            leaf,
             root: lower_page / MAP_FANOUT,
             upper: lower_page % MAP_FANOUT,
             lower: leaf % MAP_FANOUT,
             slot: block_id % LOCATORS,
         }
     }
+}
+
+/// Offset of a locator page's own number, behind its locators.
+const LEAF_NUMBER: usize = PAGE_HEADER + MAP_HEADER + LOCATORS as usize * LOCATOR_BYTES;
+
+/// Writes magic, level and number of a locator page.
+pub fn write_leaf_header(page: &mut [u8], leaf: u32) {
+    write_map_header(page, LOCATOR_MAGIC, 0);
+    page[LEAF_NUMBER..LEAF_NUMBER + 4].copy_from_slice(&leaf.to_le_bytes());
+}
+
+/// Checks that a page is the locator page of that number: one that was freed may have become anything of the tree.
+pub fn check_leaf(page: &[u8], leaf: u32) -> Result<(), FormatError> {
+    check_map_header(page, LOCATOR_MAGIC, 0)?;
+    match Reader(&page[LEAF_NUMBER..]).u32() {
+        found if found == leaf => Ok(()),
+        found => Err(FormatError::Magic { found, expected: leaf }),
+    }
+}
+
+/// Writes a free page of the chain whose next page is `next`.
+pub fn write_free_page(page: &mut [u8], next: u32) {
+    write_map_header(page, FREE_MAGIC, 0);
+    page[PAGE_HEADER + MAP_HEADER..PAGE_HEADER + MAP_HEADER + 4].copy_from_slice(&next.to_le_bytes());
+}
+
+/// The page that follows in the chain of free pages.
+pub fn next_free_page(page: &[u8]) -> u32 {
+    Reader(&page[PAGE_HEADER + MAP_HEADER..]).u32()
 }
 
 /// Writes magic and level of a map or locator page.
@@ -293,7 +332,7 @@ pub fn check_map_header(page: &[u8], magic: u32, level: u16) -> Result<(), Forma
 /// The magic of a page that has one where magics are.
 pub fn page_magic(page: &[u8]) -> Option<u32> {
     let magic = Reader(&page[PAGE_HEADER..]).u32();
-    [META_MAGIC, MAP_MAGIC, LOCATOR_MAGIC, GAP_MAGIC].contains(&magic).then_some(magic)
+    [META_MAGIC, MAP_MAGIC, LOCATOR_MAGIC, GAP_MAGIC, FREE_MAGIC].contains(&magic).then_some(magic)
 }
 
 /// Entries in use of a map page.
@@ -419,59 +458,5 @@ impl Writer<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::pg::buffer::BLCKSZ;
-
-    #[test]
-    fn a_metapage_reads_back() {
-        let mut page = vec![0u8; BLCKSZ];
-        let mut meta = Meta::new([9; 32]);
-        meta.roots[15] = 77;
-        meta.stored_bytes = u64::MAX - 3;
-        meta.fill_at = 12;
-        meta.gap_page = 5;
-        meta.write(&mut page);
-        assert_eq!(Meta::read(&page), Ok(meta));
-    }
-
-    #[test]
-    fn a_newer_metapage_is_refused() {
-        let mut page = vec![0u8; BLCKSZ];
-        let mut meta = Meta::new([0; 32]);
-        meta.version = FORMAT_VERSION + 1;
-        meta.write(&mut page);
-        assert_eq!(Meta::read(&page), Err(FormatError::Newer { found: FORMAT_VERSION + 1 }));
-    }
-
-    #[test]
-    fn locators_do_not_touch_their_neighbours() {
-        let mut page = vec![0u8; BLCKSZ];
-        let locator = |n: u32| Locator {
-            hash: [n as u8; 32],
-            page: n,
-            offset: n + 1,
-            ext_info: n + 2,
-            raw_len: n + 3,
-            version: n + 4,
-            state: 0,
-            condemn_xid: u64::from(n) << 40,
-        };
-        for slot in 0..LOCATORS {
-            locator(slot).write(&mut page, slot);
-        }
-        for slot in 0..LOCATORS {
-            assert_eq!(Locator::read(&page, slot), locator(slot));
-        }
-    }
-
-    #[test]
-    fn paths_are_unique_and_in_range() {
-        let mut seen = std::collections::HashSet::new();
-        for id in [1, 126, 127, 128, LOCATORS * MAP_FANOUT - 1, LOCATORS * MAP_FANOUT, u32::MAX - 1, u32::MAX] {
-            let p = Path::of(id);
-            assert!((p.root as usize) < ROOTS && p.upper < MAP_FANOUT && p.lower < MAP_FANOUT && p.slot < LOCATORS);
-            assert!(seen.insert((p.root, p.upper, p.lower, p.slot)), "{id}");
-        }
-    }
-}
+#[path = "format_tests.rs"]
+mod tests;

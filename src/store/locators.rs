@@ -1,11 +1,11 @@
 //! Metapage, map pages and locators: reading and changing.
 
 use super::format::{
-    FormatError, LOCATOR_MAGIC, LOCATORS, Locator, MAP_FANOUT, MAP_MAGIC, Meta, Path, State, check_map_header,
-    map_entry, set_map_entry, write_map_header,
+    FormatError, LOCATORS, Locator, MAP_FANOUT, MAP_MAGIC, Meta, Path, State, check_leaf, check_map_header, map_entry,
+    set_map_entry, write_leaf_header, write_map_header,
 };
 use super::reserve::{Full, Reservation, place, plan};
-use super::space;
+use super::{space, tree};
 use crate::pg::buffer::{BLCKSZ, Exclusive, Pinned, init_page, is_new};
 use crate::pg::wal::GenericRecord;
 use crate::pg::{error, relation};
@@ -13,9 +13,9 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 
 pub const META_PAGE: u32 = 0;
-const UPPER: u16 = 2;
-const LOWER: u16 = 1;
-const LEAF: u16 = 0;
+pub(super) const UPPER: u16 = 2;
+pub(super) const LOWER: u16 = 1;
+pub(super) const LEAF: u16 = 0;
 
 /// The metapage's content; `None` in a store without pages or whose metapage was never written.
 pub fn read_meta(rel: pg_sys::Relation) -> Option<Meta> {
@@ -100,6 +100,7 @@ fn write_meta(rel: pg_sys::Relation, page: &mut Exclusive<'_>, meta: &Meta) {
 /// The place of a block's locator, its page pinned: it can be read again without a way through the tree.
 pub struct Place {
     pin: Pinned,
+    leaf: u32,
     slot: u32,
 }
 
@@ -110,13 +111,16 @@ impl Place {
         let path = Path::of(block_id);
         let leaf = leaf_page(rel, &meta, &path)?;
         let pin = Pinned::read(rel, leaf);
-        check(rel, leaf, check_map_header(pin.share().bytes(), LOCATOR_MAGIC, LEAF));
-        Some(Place { pin, slot: path.slot })
+        let found = check_leaf(pin.share().bytes(), path.leaf);
+        still_there(rel, leaf, path.leaf, found).then_some(Place { pin, leaf: path.leaf, slot: path.slot })
     }
 
     /// The locator as it is now; `None` if there is no block.
     pub fn read(&self) -> Option<Locator> {
-        let locator = Locator::read(self.pin.share().bytes(), self.slot);
+        let page = self.pin.share();
+        // A page of locators is freed when none is in use.
+        check_leaf(page.bytes(), self.leaf).ok()?;
+        let locator = Locator::read(page.bytes(), self.slot);
         (locator.stored_len() > 0).then_some(locator)
     }
 }
@@ -134,7 +138,11 @@ pub fn edit(rel: pg_sys::Relation, block_id: u32, f: impl FnOnce(Locator) -> Opt
     let leaf = leaf_page(rel, &meta, &path)?;
     let pin = Pinned::read(rel, leaf);
     let mut page = pin.exclusive();
-    check(rel, leaf, check_map_header(page.bytes(), LOCATOR_MAGIC, LEAF));
+    if let Err(e) = check_leaf(page.bytes(), path.leaf) {
+        drop(page);
+        still_there(rel, leaf, path.leaf, Err(e));
+        return None;
+    }
     let old = Locator::read(page.bytes(), path.slot);
     let Some(new) = f(old) else { return Some(old) };
     if new != old {
@@ -147,6 +155,7 @@ pub fn edit(rel: pg_sys::Relation, block_id: u32, f: impl FnOnce(Locator) -> Opt
 
 /// Changes the locators of each page in one record, where `decide` gives another one than there is. It is asked under the
 /// share lock first, and counts under the exclusive one. `seen` is then told what each block's locator is, without a lock.
+/// The caller holds ShareUpdateExclusive on the store.
 pub fn edit_all(rel: pg_sys::Relation, decide: impl Fn(u32, &Locator) -> Locator, mut seen: impl FnMut(u32, &Locator)) {
     let Some(meta) = read_meta(rel) else { return };
     for_each_leaf(rel, &meta, |first, leaf| {
@@ -160,7 +169,7 @@ pub fn edit_all(rel: pg_sys::Relation, decide: impl Fn(u32, &Locator) -> Locator
         };
         let mut decided = {
             let page = pin.share();
-            check(rel, leaf, check_map_header(page.bytes(), LOCATOR_MAGIC, LEAF));
+            check(rel, leaf, check_leaf(page.bytes(), first / LOCATORS));
             all(page.bytes())
         };
         if decided.iter().any(|(_, old, new)| old != new) {
@@ -185,11 +194,18 @@ pub fn edit_all(rel: pg_sys::Relation, decide: impl Fn(u32, &Locator) -> Locator
 pub fn for_each(rel: pg_sys::Relation, mut f: impl FnMut(u32, &Locator)) {
     let Some(meta) = read_meta(rel) else { return };
     for_each_leaf(rel, &meta, |first, leaf| {
-        let locators: Vec<Locator> = {
+        let found = {
             let pin = Pinned::read(rel, leaf);
             let page = pin.share();
-            check(rel, leaf, check_map_header(page.bytes(), LOCATOR_MAGIC, LEAF));
-            (0..LOCATORS).map(|slot| Locator::read(page.bytes(), slot)).collect()
+            check_leaf(page.bytes(), first / LOCATORS)
+                .map(|()| (0..LOCATORS).map(|slot| Locator::read(page.bytes(), slot)).collect::<Vec<_>>())
+        };
+        let locators = match found {
+            Ok(locators) => locators,
+            Err(e) => {
+                still_there(rel, leaf, first / LOCATORS, Err(e));
+                return;
+            }
         };
         for (slot, locator) in locators.iter().enumerate().filter(|(_, l)| l.stored_len() > 0) {
             f(first + slot as u32, locator);
@@ -197,8 +213,24 @@ pub fn for_each(rel: pg_sys::Relation, mut f: impl FnMut(u32, &Locator)) {
     });
 }
 
+/// What to make of a page that was reached as that of the locators `number`, and of what it was found to be: false if it was
+/// freed meanwhile, so that it has no block. An ERROR if the tree still leads there.
+fn still_there(rel: pg_sys::Relation, page: u32, number: u32, found: Result<(), FormatError>) -> bool {
+    let Err(e) = found else { return true };
+    let now = read_meta(rel).and_then(|meta| leaf_page(rel, &meta, &Path::of(number * LOCATORS)));
+    if now == Some(page) {
+        // It may have been freed and taken for the same number again between the two looks.
+        let pin = Pinned::read(rel, page);
+        let again = check_leaf(pin.share().bytes(), number);
+        if again.is_err() {
+            check_failed(rel, page, e);
+        }
+    }
+    false
+}
+
 /// Calls `f` with each locator page and the first id on it, in the order of ids.
-fn for_each_leaf(rel: pg_sys::Relation, meta: &Meta, mut f: impl FnMut(u32, u32)) {
+pub(super) fn for_each_leaf(rel: pg_sys::Relation, meta: &Meta, mut f: impl FnMut(u32, u32)) {
     for (root, &upper) in meta.roots.iter().enumerate().filter(|(_, page)| **page != 0) {
         for (u, lower) in entries(rel, upper, UPPER) {
             for (l, leaf) in entries(rel, lower, LOWER) {
@@ -210,21 +242,8 @@ fn for_each_leaf(rel: pg_sys::Relation, meta: &Meta, mut f: impl FnMut(u32, u32)
     }
 }
 
-/// Every page of the tree below the metapage.
-pub fn tree_pages(rel: pg_sys::Relation, meta: &Meta) -> Vec<u32> {
-    let mut pages = Vec::new();
-    for &upper in meta.roots.iter().filter(|page| **page != 0) {
-        pages.push(upper);
-        for (_, lower) in entries(rel, upper, UPPER) {
-            pages.push(lower);
-            pages.extend(entries(rel, lower, LOWER).into_iter().map(|(_, leaf)| leaf));
-        }
-    }
-    pages
-}
-
 /// Entries of a map page that are in use: `(entry, page)`.
-fn entries(rel: pg_sys::Relation, page_number: u32, level: u16) -> Vec<(u32, u32)> {
+pub(super) fn entries(rel: pg_sys::Relation, page_number: u32, level: u16) -> Vec<(u32, u32)> {
     let pin = Pinned::read(rel, page_number);
     let page = pin.share();
     check(rel, page_number, check_map_header(page.bytes(), MAP_MAGIC, level));
@@ -246,8 +265,10 @@ pub fn reserve(rel: pg_sys::Relation, what: Locator, given: Option<u32>) -> Rese
             meta = space::take_gap(rel, &mut page, meta, len);
         }
         let path = Path::of(given.unwrap_or(meta.next_block_id));
-        let new_maps = missing_maps(rel, &meta, &path);
-        let reservation = match plan(&meta, len, new_maps, given) {
+        let new_maps = missing_maps(rel, &meta, &path) as usize;
+        let mut maps = tree::take_free_pages(rel, &mut meta, new_maps);
+        let fresh = (new_maps - maps.len()) as u32;
+        let reservation = match plan(&meta, len, fresh, given) {
             Ok(reservation) => reservation,
             Err(full) => full_store(full),
         };
@@ -258,28 +279,29 @@ pub fn reserve(rel: pg_sys::Relation, what: Locator, given: Option<u32>) -> Rese
             have = relation::pages(rel);
             continue;
         }
-        return apply(rel, &mut page, reservation, &path, new_maps, what);
+        maps.extend((0..fresh).map(|i| reservation.meta.map_next + i));
+        return apply(rel, &mut page, reservation, &path, &maps, fresh, what);
     }
 }
 
-/// Writes the metapage of a reservation, the locator, and the map and locator pages that it needs, in one record: of four
-/// pages at most, which is what a generic record can hold.
+/// Writes the metapage of a reservation, the locator, and the map and locator pages `numbers` that it needs, the last of
+/// which are `fresh`, in one record: of four pages at most, which is what a generic record can hold.
 fn apply(
     rel: pg_sys::Relation,
     meta_page: &mut Exclusive<'_>,
     mut reservation: Reservation,
     path: &Path,
-    new_maps: u32,
+    numbers: &[u32],
+    fresh: u32,
     what: Locator,
 ) -> Reservation {
     let mut locator =
         Locator { page: reservation.page, offset: reservation.offset, version: 1, condemn_xid: 0, ..what };
     locator.set_state(State::Reserved);
     let meta = &mut reservation.meta;
-    let first_new = meta.map_next;
-    meta.map_next += new_maps;
+    meta.map_next += fresh;
     // From the top down: what is new is the lower end of the path.
-    let numbers: Vec<u32> = (first_new..first_new + new_maps).collect();
+    let new_maps = numbers.len();
     let pins: Vec<Pinned> = numbers.iter().map(|&number| Pinned::read(rel, number)).collect();
     let mut pages: Vec<Exclusive<'_>> = pins.iter().map(Pinned::exclusive).collect();
 
@@ -305,14 +327,15 @@ fn apply(
         }
     }
     for (i, page) in pages.iter_mut().enumerate() {
-        let level = (new_maps as usize - 1 - i) as u16;
+        let level = (new_maps - 1 - i) as u16;
         let copy = record.page(page, true);
         init_page(copy);
-        write_map_header(copy, if level == LEAF { LOCATOR_MAGIC } else { MAP_MAGIC }, level);
-        match level {
-            LEAF => locator.write(copy, path.slot),
-            LOWER => set_map_entry(copy, path.lower, numbers[i + 1]),
-            _ => set_map_entry(copy, path.upper, numbers[i + 1]),
+        if level == LEAF {
+            write_leaf_header(copy, path.leaf);
+            locator.write(copy, path.slot);
+        } else {
+            write_map_header(copy, MAP_MAGIC, level);
+            set_map_entry(copy, if level == LOWER { path.lower } else { path.upper }, numbers[i + 1]);
         }
     }
     meta.write(record.page(meta_page, false));
@@ -333,7 +356,7 @@ fn missing_maps(rel: pg_sys::Relation, meta: &Meta, path: &Path) -> u32 {
     u32::from(entry_of(rel, lower, LOWER, path.lower) == 0)
 }
 
-fn existing_lower(rel: pg_sys::Relation, meta: &Meta, path: &Path) -> u32 {
+pub(super) fn existing_lower(rel: pg_sys::Relation, meta: &Meta, path: &Path) -> u32 {
     entry_of(rel, meta.roots[path.root as usize], UPPER, path.upper)
 }
 
@@ -369,7 +392,7 @@ pub(super) fn check(rel: pg_sys::Relation, page: u32, result: Result<(), FormatE
     }
 }
 
-fn check_failed(rel: pg_sys::Relation, page: u32, e: FormatError) -> ! {
+pub(super) fn check_failed(rel: pg_sys::Relation, page: u32, e: FormatError) -> ! {
     // SAFETY: open relation.
     let oid = unsafe { (*rel).rd_id }.to_u32();
     match e {

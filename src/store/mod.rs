@@ -9,7 +9,7 @@
 //! steps leaves behind is a reserved block, which the sweep removes, never a wrong answer.
 //!
 //! Lock order: hash lock (heavyweight, one at a time) -> extension lock -> nothing; hash lock -> metapage -> gap page, or
-//! metapage -> upper map page -> lower map page -> locator page, by content locks. Payload pages are locked alone. No
+//! metapage -> upper map page -> lower map page -> locator page (or free page), by content locks. Payload pages are locked alone. No
 //! heavyweight lock is waited for under a content lock.
 
 pub mod check;
@@ -24,6 +24,7 @@ pub mod repack;
 pub mod reserve;
 mod space;
 pub mod sweep;
+pub mod tree;
 pub mod uses;
 
 use crate::pg::relation::{OpenRelation, PageLock};
@@ -221,12 +222,30 @@ fn no_such_block(rel: pg_sys::Relation, block_id: u32) -> ! {
     )
 }
 
-/// Counts of a store, from its metapage: `(blocks, bytes, pages)`. A store of no pages is legal and empty.
-pub fn totals(rel: pg_sys::Relation) -> (u64, u64, u32) {
+/// Counts of a store, from its metapage.
+pub struct Totals {
+    /// Blocks that have a locator, also those that no row references any more.
+    pub blocks: u64,
+    /// Their stored bytes.
+    pub bytes: u64,
+    /// Pages of the file.
+    pub pages: u32,
+    /// Block ids that were not handed out yet.
+    pub ids_left: u64,
+}
+
+/// The counts of a store. One of no pages is legal and empty.
+pub fn totals(rel: pg_sys::Relation) -> Totals {
     let pages = relation::pages(rel);
+    let last = u64::from(u32::MAX);
     match locators::read_meta(rel) {
-        Some(meta) => (meta.stored_blocks, meta.stored_bytes, pages),
-        None => (0, 0, pages),
+        Some(meta) => Totals {
+            blocks: meta.stored_blocks,
+            bytes: meta.stored_bytes,
+            pages,
+            ids_left: if meta.next_block_id == 0 { 0 } else { last - u64::from(meta.next_block_id) + 1 },
+        },
+        None => Totals { blocks: 0, bytes: 0, pages, ids_left: last },
     }
 }
 

@@ -4,12 +4,14 @@
 //! (*gaps*) from them and writes a list; who reserves space takes runs from the list, then fresh extents. What an ERROR
 //! or a crash loses of the list, the next VACUUM finds again.
 
+use super::fault;
 use super::format::{
     EXTENT_PAGES, GAP_MAGIC, GAPS, Gap, GapPage, HEAD_PAGES, Meta, check_map_header, extent_of, extent_start,
     position_of,
 };
 use super::locators::{self, META_PAGE, check, meta_of};
 use super::reserve::{place, set_maps_aside};
+use super::tree;
 use crate::pg::buffer::{Exclusive, PAGE_BYTES, Pinned, init_page};
 use crate::pg::wal::GenericRecord;
 use crate::pg::{interrupt, relation};
@@ -96,7 +98,7 @@ pub fn survey(rel: pg_sys::Relation, detached: &Meta) -> Occupied {
     });
     // Extents with pages of the tree or of gaps are theirs whole.
     let meta = locators::read_meta(rel).unwrap_or(*detached);
-    let mut maps = locators::tree_pages(rel, &meta);
+    let mut maps = tree::tree_pages(rel, &meta);
     maps.extend(chain(rel, &meta));
     if detached.map_end > HEAD_PAGES {
         maps.push(detached.map_end - 1);
@@ -141,18 +143,75 @@ fn chain(rel: pg_sys::Relation, meta: &Meta) -> Vec<u32> {
 }
 
 /// Writes the list of gaps and gives it to writers. `before` is the metapage as it was when it was detached.
+///
+/// Where the list needs more pages than the file has for it, the largest gaps are given first, and then the file grows: if
+/// the disk is full, that much can be used. A page is written before the one that points to it.
 pub fn attach(rel: pg_sys::Relation, before: &Meta, occupied: &Occupied) {
     let mut pages = chain(rel, before);
     let wanted = occupied.gaps.len().div_ceil(GAPS);
-    while pages.len() < wanted {
-        pages.push(take_map_page(rel));
+    while pages.len() < wanted
+        && let Some(page) = take_map_page(rel, false)
+    {
+        pages.push(page);
     }
-    for (i, &number) in pages.iter().enumerate() {
+    let (first, rest) = largest(&occupied.gaps, pages.len() * GAPS);
+    write_chain(rel, &pages, &first);
+    locators::edit_meta(rel, |meta| {
+        meta.gap_first = pages.first().copied().unwrap_or(0);
+        meta.gap_page = if first.is_empty() { 0 } else { meta.gap_first };
+        // Exact again, whatever a crash has left out.
+        meta.stored_blocks = occupied.blocks + meta.stored_blocks.saturating_sub(before.stored_blocks);
+        meta.stored_bytes = occupied.bytes + meta.stored_bytes.saturating_sub(before.stored_bytes);
+    });
+    if rest.is_empty() {
+        return;
+    }
+
+    let mut more: Vec<u32> = Vec::new();
+    while more.len() < rest.len().div_ceil(GAPS) {
+        more.extend(take_map_page(rel, true));
+    }
+    write_chain(rel, &more, &rest);
+    if let Some(&last) = pages.last() {
+        // Writers may have taken gaps off it.
+        let pin = Pinned::read(rel, last);
+        let mut page = pin.exclusive();
+        check(rel, last, check_map_header(page.bytes(), GAP_MAGIC, 0));
+        let list = GapPage { next: more[0], ..GapPage::read(page.bytes()) };
+        let record = GenericRecord::start(rel);
+        list.write(record.page(&mut page, false));
+        record.finish();
+    }
+    locators::edit_meta(rel, |meta| {
+        for place in [&mut meta.gap_first, &mut meta.gap_page] {
+            if *place == 0 {
+                *place = more[0];
+            }
+        }
+    });
+}
+
+/// The `count` largest gaps and the others, each lowest first.
+fn largest(gaps: &[Gap], count: usize) -> (Vec<Gap>, Vec<Gap>) {
+    if gaps.len() <= count {
+        return (gaps.to_vec(), Vec::new());
+    }
+    let mut first = gaps.to_vec();
+    first.sort_unstable_by_key(|gap| std::cmp::Reverse(gap.end - gap.start));
+    let mut rest = first.split_off(count);
+    first.sort_unstable_by_key(|gap| gap.start);
+    rest.sort_unstable_by_key(|gap| gap.start);
+    (first, rest)
+}
+
+/// Writes `gaps` to `pages`, which follow each other, the last one first.
+fn write_chain(rel: pg_sys::Relation, pages: &[u32], gaps: &[Gap]) {
+    let mut next = 0;
+    for (i, &number) in pages.iter().enumerate().rev() {
         interrupt::check();
-        let first = (i * GAPS).min(occupied.gaps.len());
-        let last = (first + GAPS).min(occupied.gaps.len());
-        let next = pages.get(i + 1).copied().unwrap_or(0);
-        let list = GapPage { next, gaps: occupied.gaps[first..last].to_vec() };
+        let first = (i * GAPS).min(gaps.len());
+        let last = (first + GAPS).min(gaps.len());
+        let list = GapPage { next, gaps: gaps[first..last].to_vec() };
         let pin = Pinned::read(rel, number);
         let mut page = pin.exclusive();
         let record = GenericRecord::start(rel);
@@ -160,36 +219,38 @@ pub fn attach(rel: pg_sys::Relation, before: &Meta, occupied: &Occupied) {
         init_page(copy);
         list.write(copy);
         record.finish();
+        next = number;
+        fault::point("gap page");
     }
-    locators::edit_meta(rel, |meta| {
-        meta.gap_first = pages.first().copied().unwrap_or(0);
-        meta.gap_page = if wanted > 0 { meta.gap_first } else { 0 };
-        // Exact again, whatever a crash has left out.
-        meta.stored_blocks = occupied.blocks + meta.stored_blocks.saturating_sub(before.stored_blocks);
-        meta.stored_bytes = occupied.bytes + meta.stored_bytes.saturating_sub(before.stored_bytes);
-    });
 }
 
-/// A page for the chain of gaps, from those set aside for maps.
-fn take_map_page(rel: pg_sys::Relation) -> u32 {
+/// A page for the chain of gaps, from those set aside for maps. `None` if the file would have to grow for it and may not.
+fn take_map_page(rel: pg_sys::Relation, may_extend: bool) -> Option<u32> {
     let mut have = relation::pages(rel);
     loop {
         let pin = Pinned::read(rel, META_PAGE);
         let mut page = pin.exclusive();
         let mut meta = meta_of(rel, page.bytes());
-        let number = set_maps_aside(&mut meta, 1).unwrap_or_else(|full| locators::full_store(full));
+        let freed = tree::take_free_pages(rel, &mut meta, 1).first().copied();
+        let number =
+            freed.unwrap_or_else(|| set_maps_aside(&mut meta, 1).unwrap_or_else(|full| locators::full_store(full)));
         if number >= have {
+            if !may_extend {
+                return None;
+            }
             drop(page);
             drop(pin);
             relation::extend_to(rel, number + 1);
             have = relation::pages(rel);
             continue;
         }
-        meta.map_next += 1;
+        if freed.is_none() {
+            meta.map_next += 1;
+        }
         let record = GenericRecord::start(rel);
         meta.write(record.page(&mut page, false));
         record.finish();
-        return number;
+        return Some(number);
     }
 }
 

@@ -15,7 +15,7 @@
 //! A standby needs no conflict record: the removal of the rows had one, and comes first.
 
 use super::format::{Locator, State};
-use super::{Hash, Marks, directory, fault, locators, space};
+use super::{Hash, Marks, directory, fault, locators, space, tree};
 use crate::pg::toast_index::ToastIndexes;
 use crate::pg::vacuum::{self, FullXid};
 use crate::pg::{interrupt, relation};
@@ -71,7 +71,9 @@ pub fn sweep(rel: pg_sys::Relation, marks: &Marks, horizon: FullXid, may_truncat
         let gone = |id: u32, locator: &Locator| dying.contains(&id) && locator.state() == Some(State::Dying);
         locators::edit_all(rel, |id, l| if gone(id, l) { Locator::NONE } else { *l }, |_, _| {});
         swept.removed = dying.len() as u64;
+        fault::point("sweep before pages of locators");
     }
+    tree::free_empty_leaves(rel);
 
     fault::point("sweep before space");
     let before = space::detach(rel);

@@ -135,18 +135,19 @@ mod tests {
     #[pg_test]
     fn an_error_in_the_middle_of_an_insertion_loses_nothing() {
         setup();
-        for point in ["store after reserve", "store after payload", "store after directory"] {
+        let points = ["store after reserve", "store after payload", "store after directory"];
+        for (seed, point) in (90..).zip(points) {
             Spi::run(&format!(
                 "DO $$ BEGIN
                    SET LOCAL tessera_test.fault = '{point}';
-                   INSERT INTO t VALUES (2000, 0, noise(30000, 99));
+                   INSERT INTO t VALUES (2000, 0, noise(30000, {seed}));
                    RAISE 'no fault';
                  EXCEPTION WHEN internal_error THEN END $$"
             ))
             .expect("the fault is caught");
             assert_eq!((wrong_rows(), faults(), one::<i64>("SELECT count(*) FROM t")), (0, 0, 100), "{point}");
-            Spi::run("INSERT INTO t VALUES (2000, 0, noise(30000, 99))").expect("insert");
-            assert!(one::<bool>("SELECT data = noise(30000, 99) FROM t WHERE k = 2000"), "{point}");
+            Spi::run(&format!("INSERT INTO t VALUES (2000, 0, noise(30000, {seed}))")).expect("insert");
+            assert!(one::<bool>(&format!("SELECT data = noise(30000, {seed}) FROM t WHERE k = 2000")), "{point}");
             assert_eq!(faults(), 0, "{point}");
             Spi::run("DELETE FROM t WHERE k = 2000").expect("delete");
         }

@@ -1,6 +1,7 @@
 //! Callbacks of DDL and maintenance: TOAST relations, VACUUM, CLUSTER.
 
 use super::{call_heapam, is_store};
+use crate::pg::tuple::attribute;
 use crate::store::locators;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
@@ -68,6 +69,26 @@ pub unsafe extern "C-unwind" fn relation_nontransactional_truncate(rel: pg_sys::
     call_heapam!(relation_nontransactional_truncate(rel));
     if let Some(old) = old {
         locators::ensure_meta(rel, Some(&old));
+    }
+}
+
+/// Whether a table gets a block store. heapam sees no need for one where all columns have storage PLAIN; but a column may have
+/// become PLAIN while its rows have references, which a copy of the table (VACUUM FULL, CLUSTER) keeps.
+#[pg_guard]
+pub unsafe extern "C-unwind" fn relation_needs_toast_table(rel: pg_sys::Relation) -> bool {
+    // SAFETY: PostgreSQL passes an open relation.
+    unsafe {
+        if call_heapam!(relation_needs_toast_table(rel)) {
+            return true;
+        }
+        let desc = (*rel).rd_att;
+        let plain = pg_sys::TYPSTORAGE_PLAIN as std::ffi::c_char;
+        (0..(*desc).natts as usize).map(|i| attribute(desc, i)).any(|att| {
+            !(*att).attisdropped
+                && (*att).attlen == -1
+                && (*att).attstorage == plain
+                && pg_sys::get_typstorage((*att).atttypid) != plain
+        })
     }
 }
 

@@ -52,6 +52,7 @@ fn build() -> Routine {
     am.relation_nontransactional_truncate = Some(ddl::relation_nontransactional_truncate);
     am.relation_copy_for_cluster = Some(cluster::relation_copy_for_cluster);
     am.relation_vacuum = Some(vacuum::relation_vacuum);
+    am.relation_needs_toast_table = Some(ddl::relation_needs_toast_table);
     am.relation_toast_am = Some(ddl::relation_toast_am);
     am.relation_fetch_toast_slice = Some(fetch::relation_fetch_toast_slice);
     Routine(am)

@@ -31,7 +31,7 @@ pub unsafe extern "C-unwind" fn relation_vacuum(
             let store = (*(*rel).rd_rel).reltoastrelid;
             if gone > 0 && store != pg_sys::InvalidOid {
                 let store = OpenRelation::table(store, pg_sys::AccessShareLock);
-                let (blocks, _, _) = store::totals(store.raw());
+                let blocks = store::totals(store.raw()).blocks;
                 relation::count_deletions(store.raw(), gone.min(blocks));
             }
         }
@@ -63,7 +63,7 @@ unsafe fn vacuum_store(rel: pg_sys::Relation, may_truncate: bool) {
                 }
             }
             None => {
-                let (blocks, _, _) = store::totals(rel);
+                let blocks = store::totals(rel).blocks;
                 vacuum::update_relation(rel, pages, blocks, vacuum::horizon(rel).1);
             }
         }

@@ -23,7 +23,7 @@ pub(super) fn register(framework: &mut tract_onnx::Onnx) {
 
 fn reduction(_: &ParsingContext, node: &NodeProto, reducer: Reducer) -> Built {
     let axes = attribute(node, "axes").map(|it| it.ints.clone());
-    let keep = integer(node, "keepdims").unwrap_or(1) != 0;
+    let keep = integer(node, "keepdims").unwrap_or(1) == 1;
     let noop = integer(node, "noop_with_empty_axes").unwrap_or(0) != 0;
     Ok((expand(Reduction { reducer, axes, input: node.input.len() == 2, keep, noop }), vec![]))
 }

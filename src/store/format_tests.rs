@@ -1,0 +1,56 @@
+//! Tests of the page formats.
+
+use super::*;
+use crate::pg::buffer::BLCKSZ;
+
+#[test]
+fn a_metapage_reads_back() {
+    let mut page = vec![0u8; BLCKSZ];
+    let mut meta = Meta::new([9; 32]);
+    meta.roots[15] = 77;
+    meta.stored_bytes = u64::MAX - 3;
+    meta.fill_at = 12;
+    meta.gap_page = 5;
+    meta.write(&mut page);
+    assert_eq!(Meta::read(&page), Ok(meta));
+}
+
+#[test]
+fn a_newer_metapage_is_refused() {
+    let mut page = vec![0u8; BLCKSZ];
+    let mut meta = Meta::new([0; 32]);
+    meta.version = FORMAT_VERSION + 1;
+    meta.write(&mut page);
+    assert_eq!(Meta::read(&page), Err(FormatError::Newer { found: FORMAT_VERSION + 1 }));
+}
+
+#[test]
+fn locators_do_not_touch_their_neighbours() {
+    let mut page = vec![0u8; BLCKSZ];
+    let locator = |n: u32| Locator {
+        hash: [n as u8; 32],
+        page: n,
+        offset: n + 1,
+        ext_info: n + 2,
+        raw_len: n + 3,
+        version: n + 4,
+        state: 0,
+        condemn_xid: u64::from(n) << 40,
+    };
+    for slot in 0..LOCATORS {
+        locator(slot).write(&mut page, slot);
+    }
+    for slot in 0..LOCATORS {
+        assert_eq!(Locator::read(&page, slot), locator(slot));
+    }
+}
+
+#[test]
+fn paths_are_unique_and_in_range() {
+    let mut seen = std::collections::HashSet::new();
+    for id in [1, 126, 127, 128, LOCATORS * MAP_FANOUT - 1, LOCATORS * MAP_FANOUT, u32::MAX - 1, u32::MAX] {
+        let p = Path::of(id);
+        assert!((p.root as usize) < ROOTS && p.upper < MAP_FANOUT && p.lower < MAP_FANOUT && p.slot < LOCATORS);
+        assert!(seen.insert((p.root, p.upper, p.lower, p.slot)), "{id}");
+    }
+}
