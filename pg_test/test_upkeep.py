@@ -1,0 +1,46 @@
+"""VACUUM, CLUSTER, check_store and repack where something has gone wrong before, or where the table is an odd one."""
+
+import psycopg
+import pytest
+
+from helpers import Background, fails
+
+pytestmark = pytest.mark.newer
+
+ROWS = "INSERT INTO w SELECT i, repeat(md5(i::text), 100)::bytea, '' FROM generate_series(%s::int, %s) AS i"
+WRONG = "SELECT count(*) FROM w WHERE data <> repeat(md5(id::text), 100)::bytea"
+
+
+@pytest.fixture
+def conn(fresh):
+    with fresh.connect() as connection:
+        connection.execute("CREATE TABLE w (id int PRIMARY KEY, data bytea, note text) USING tensor_block")
+        connection.execute("ALTER TABLE w ALTER data SET STORAGE EXTERNAL")
+        connection.execute(ROWS, (1, 100))
+        yield connection
+
+
+def blocks(conn: psycopg.Connection) -> int:
+    return conn.execute("SELECT count(*) FROM tessera.store_blocks('w')").fetchone()[0]
+
+
+def sound(conn: psycopg.Connection, rows: int) -> None:
+    assert conn.execute("SELECT count(*) FROM w").fetchone()[0] == rows
+    assert conn.execute(WRONG).fetchone()[0] == 0
+    assert conn.execute("SELECT * FROM check_store('w')").fetchall() == []
+
+
+def test_vacuum_after_a_failed_reindex_concurrently(fresh, conn):
+    with fresh.connect(autocommit=False) as writer:
+        writer.execute("UPDATE w SET note = 'x' WHERE id = 1")
+        conn.execute("SET statement_timeout = '1s'")
+        fails(conn, "REINDEX TABLE CONCURRENTLY w", sqlstate="57014", hint=False)
+        conn.execute("RESET statement_timeout")
+    left = """SELECT count(*) FROM pg_index i JOIN pg_class t ON i.indrelid = t.reltoastrelid
+              WHERE t.relname = 'w' AND NOT indisready AND pg_relation_size(indexrelid) = 0"""
+    assert conn.execute(left).fetchone()[0] == 1, "an index without a page is what this is about"
+    conn.execute("DELETE FROM w WHERE id > 40")
+    for _ in range(3):
+        conn.execute("VACUUM w")
+    assert blocks(conn) == 40
+    sound(conn, 40)
