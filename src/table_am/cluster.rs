@@ -37,6 +37,8 @@ struct Rewrite {
     old_desc: pg_sys::TupleDesc,
     new_desc: pg_sys::TupleDesc,
     store: pg_sys::Oid,
+    /// Without one, where no column needs it any more, values return to their rows, as heap's do.
+    new_store: pg_sys::Oid,
     values: Vec<pg_sys::Datum>,
     nulls: Vec<bool>,
     marks: Marks,
@@ -53,6 +55,7 @@ impl Rewrite {
         unsafe {
             pg_sys::heap_deform_tuple(tuple, self.old_desc, self.values.as_mut_ptr(), self.nulls.as_mut_ptr());
             let mut stand_ins = Vec::new();
+            let mut inlined: Vec<pg_sys::Datum> = Vec::new();
             let tensor = self.tensor_column.map_or(0, |column| {
                 let value = (!self.nulls[column]).then(|| self.values[column]);
                 self.tensors.number(value, attribute(self.old_desc, column))
@@ -68,12 +71,22 @@ impl Rewrite {
                 let datum = self.values[column].cast_mut_ptr::<pg_sys::varlena>();
                 let reference = match varlena::toast_pointer(datum) {
                     Some((reference, store)) if store == self.store => {
-                        stand_ins.push((column, Box::new(reference.to_bytes())));
+                        if self.new_store != pg_sys::InvalidOid {
+                            stand_ins.push((column, Box::new(reference.to_bytes())));
+                        }
                         Some(reference)
                     }
                     _ => StandIn::read(datum),
                 };
                 if let Some(reference) = reference {
+                    if self.new_store == pg_sys::InvalidOid {
+                        let mut pointer = reference.to_toast_pointer(self.store);
+                        let plain = (*att).attstorage == pg_sys::TYPSTORAGE_PLAIN as std::ffi::c_char;
+                        let detoast = if plain { pg_sys::detoast_attr } else { pg_sys::detoast_external_attr };
+                        self.values[column] = pg_sys::Datum::from(detoast(pointer.as_mut_ptr().cast()));
+                        inlined.push(self.values[column]);
+                        continue;
+                    }
                     self.marks.insert(reference.block_id);
                     self.uses.add(reference.block_id, tensor);
                 }
@@ -84,6 +97,7 @@ impl Rewrite {
             let copy = pg_sys::heap_form_tuple(self.new_desc, self.values.as_mut_ptr(), self.nulls.as_mut_ptr());
             pg_sys::ffi::pg_guard_ffi_boundary(|| rewrite_heap_tuple(self.state, tuple, copy));
             pg_sys::heap_freetuple(copy);
+            inlined.into_iter().for_each(|value| pg_sys::pfree(value.cast_mut_ptr()));
         }
     }
 }
@@ -118,6 +132,7 @@ pub unsafe extern "C-unwind" fn relation_copy_for_cluster(
             old_desc: (*old).rd_att,
             new_desc: (*new).rd_att,
             store: (*(*old).rd_rel).reltoastrelid,
+            new_store: (*(*new).rd_rel).reltoastrelid,
             values: vec![pg_sys::Datum::from(0); natts],
             nulls: vec![true; natts],
             marks: Marks::default(),
@@ -176,17 +191,10 @@ pub unsafe extern "C-unwind" fn relation_copy_for_cluster(
         }
         pg_sys::ffi::pg_guard_ffi_boundary(|| end_heap_rewrite(rewrite.state));
 
-        let new_store = (*(*new).rd_rel).reltoastrelid;
-        if rewrite.store != pg_sys::InvalidOid && new_store != pg_sys::InvalidOid {
+        if rewrite.store != pg_sys::InvalidOid && rewrite.new_store != pg_sys::InvalidOid {
             let from = OpenRelation::table(rewrite.store, pg_sys::AccessShareLock);
-            store::copy::copy_blocks(from.raw(), new_store, &rewrite.marks, |blocks| rewrite.uses.order(blocks));
-        } else if !rewrite.marks.is_empty() {
-            error::raise(
-                PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
-                "rows reference blocks, but the new table has no block store",
-                "",
-                "",
-            );
+            let order = |blocks| rewrite.uses.order(blocks);
+            store::copy::copy_blocks(from.raw(), rewrite.new_store, &rewrite.marks, order);
         }
     }
 }
