@@ -57,3 +57,17 @@ def test_rewriting_a_table_that_needs_no_store_any_more(conn, how):
     conn.execute("ALTER TABLE w ALTER data SET STORAGE EXTERNAL")
     conn.execute(ROWS, (101, 110))
     sound(conn, 110)
+
+
+@pytest.mark.parametrize("call", ["SELECT * FROM check_store('w')", "SELECT repack('w')"])
+def test_who_may_not_does_not_wait_for_a_lock(fresh, conn, call):
+    conn.execute("DROP ROLE IF EXISTS upkeep_guest")
+    conn.execute("CREATE ROLE upkeep_guest")
+    try:
+        with fresh.connect(autocommit=False) as writer:
+            writer.execute("LOCK TABLE w")
+            conn.execute("SET lock_timeout = '1s'")
+            conn.execute("SET ROLE upkeep_guest")
+            fails(conn, call, sqlstate="42501")
+    finally:
+        conn.execute("RESET ROLE; RESET lock_timeout; DROP ROLE upkeep_guest")
