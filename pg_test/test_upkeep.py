@@ -71,3 +71,27 @@ def test_who_may_not_does_not_wait_for_a_lock(fresh, conn, call):
             fails(conn, call, sqlstate="42501")
     finally:
         conn.execute("RESET ROLE; RESET lock_timeout; DROP ROLE upkeep_guest")
+
+
+def test_a_version_that_is_dropped_meanwhile_is_not_copied(fresh):
+    """A load takes the rows of a version with the same content: they have to be there until they are copied."""
+    from helpers import load, onnx_file
+
+    with fresh.connect() as loader, fresh.connect() as dropper, fresh.connect() as gate:
+        load(loader, "gone", "fraud_fc_256")
+        load(loader, "same_graph", "fraud_fc_256_tuned")
+        dropper.execute("BEGIN")
+        dropper.execute("SELECT drop_model('gone')")
+        gate.execute("BEGIN")
+        # Makes the loader wait between the look for a version and the copy, until the other one is dropped.
+        closed = Background(gate.execute, "LOCK TABLE tessera.tensor IN SHARE MODE")
+        assert closed.waits()
+        loading = Background(load, loader, "new", "fraud_fc_256")
+        assert loading.waits(2)
+        dropper.execute("COMMIT")
+        closed.result()
+        gate.execute("COMMIT")
+        assert loading.result() == 1
+        tensors = "SELECT count(*) FROM tessera.tensor"
+        assert loader.execute(tensors).fetchone()[0] == 8
+        assert len(loader.execute("SELECT export_model('new')").fetchone()[0]) == len(onnx_file("fraud_fc_256"))

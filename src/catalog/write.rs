@@ -189,10 +189,12 @@ pub fn store(name: &str, new: &NewVersion<'_>) -> i32 {
     })
 }
 
-/// Another version with the same content and tiling. Equal content hashes are equal graphs and tensors.
+/// Another version with the same content and tiling. Equal content hashes are equal graphs and tensors. It is locked, so
+/// that its rows stay until they are copied; one that is being dropped does not count.
 fn stored_before(client: &mut SpiClient<'_>, id: i64, new: &NewVersion<'_>) -> Result<Option<i64>, SpiError> {
     let rows = client.update(
-        "SELECT id FROM tessera.model_version WHERE content_hash = $1 AND block_bytes = $2 AND id <> $3",
+        "SELECT id FROM tessera.model_version WHERE content_hash = $1 AND block_bytes = $2 AND id <> $3
+         LIMIT 1 FOR KEY SHARE SKIP LOCKED",
         Some(1),
         &[new.content_hash.to_vec().into(), (new.block_bytes as i32).into(), id.into()],
     )?;
