@@ -20,8 +20,8 @@ fn check_store(call: &Call) -> pg_sys::Datum {
     let oid: pg_sys::Oid = call.need(0, "relation");
     // SAFETY: plain question.
     let share = if unsafe { pg_sys::RecoveryInProgress() } { pg_sys::AccessShareLock } else { pg_sys::ShareLock };
+    need_owner(oid);
     let table = OpenRelation::table(oid, share);
-    need_owner(table.raw());
     let store_oid = open_store(table.raw());
     let mut rows = Rows::start(call);
     let mut report = |problem: &str, id: Option<u32>, detail: String| {
@@ -50,8 +50,8 @@ fn check_store(call: &Call) -> pg_sys::Datum {
 fn repack(call: &Call) -> pg_sys::Datum {
     let Some(oid) = call.get::<pg_sys::Oid>(0) else { crate::pg::fmgr::missing("relation") };
     let column: Option<&std::ffi::CStr> = call.get(1);
+    need_owner(oid);
     let table = OpenRelation::table(oid, pg_sys::AccessShareLock);
-    need_owner(table.raw());
     let store_oid = open_store(table.raw());
     if store_oid == pg_sys::InvalidOid {
         return pg_sys::Datum::from(0i64);
@@ -77,17 +77,18 @@ fn repack(call: &Call) -> pg_sys::Datum {
     pg_sys::Datum::from(moved as i64)
 }
 
-/// Owners and superusers only.
-fn need_owner(table: pg_sys::Relation) {
-    // SAFETY: open relation; syscache look-ups.
+/// Owners and superusers only. Asked before a lock is: nobody else may make the table's writers wait.
+fn need_owner(oid: pg_sys::Oid) {
+    // SAFETY: syscache look-ups, which raise an ERROR if there is no such relation.
     unsafe {
-        let (oid, role) = ((*table).rd_id, pg_sys::GetUserId());
+        let role = pg_sys::GetUserId();
         #[cfg(any(feature = "pg14", feature = "pg15"))]
         let owner = pg_sys::pg_class_ownercheck(oid, role);
         #[cfg(not(any(feature = "pg14", feature = "pg15")))]
         let owner = pg_sys::object_ownercheck(pg_sys::RelationRelationId, oid, role);
         if !owner {
-            let name = std::ffi::CStr::from_ptr((*(*table).rd_rel).relname.data.as_ptr()).to_string_lossy();
+            let name = pg_sys::get_rel_name(oid);
+            let name = if name.is_null() { c"" } else { std::ffi::CStr::from_ptr(name) }.to_string_lossy();
             error::raise(
                 PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
                 format!("must be owner of table {name}"),

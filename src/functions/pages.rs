@@ -49,7 +49,8 @@ fn store_meta(call: &Call) -> pg_sys::Datum {
         rows.push(&[
             number(meta.version),
             number(meta.next_block_id),
-            number((1i64 << 32) - i64::from(meta.next_block_id)),
+            // The next id is 0 when all were handed out.
+            number(if meta.next_block_id == 0 { 0 } else { (1i64 << 32) - i64::from(meta.next_block_id) }),
             number(meta.next_extent),
             number(meta.stored_blocks as i64),
             number(meta.stored_bytes as i64),

@@ -1,6 +1,7 @@
 //! Shared buffers: a pin, and content locks that borrow it.
 
 use pgrx::pg_sys;
+use pgrx::prelude::*;
 
 /// Bytes of a page.
 pub const BLCKSZ: usize = pg_sys::BLCKSZ as usize;
@@ -8,6 +9,9 @@ pub const BLCKSZ: usize = pg_sys::BLCKSZ as usize;
 pub const PAGE_HEADER: usize = std::mem::offset_of!(pg_sys::PageHeaderData, pd_linp);
 /// Bytes of a page behind its header.
 pub const PAGE_BYTES: usize = BLCKSZ - PAGE_HEADER;
+
+/// `P_NEW` (bufmgr.h), which has no binding: appends a page.
+const P_NEW: pg_sys::BlockNumber = pg_sys::InvalidBlockNumber;
 
 /// A pinned buffer of a relation's main fork.
 pub struct Pinned {
@@ -17,7 +21,8 @@ pub struct Pinned {
 impl Pinned {
     /// Pins block `block`, reading it if needed.
     ///
-    /// Errors (as PostgreSQL ERROR): the block lies past the end, or fails its checksum.
+    /// Errors (as PostgreSQL ERROR): the block lies past the end, or fails its checksum, or `block` is no block's number:
+    /// that comes from a damaged page, and PostgreSQL would take it for the wish to append one (`P_NEW`).
     pub fn read(rel: pg_sys::Relation, block: pg_sys::BlockNumber) -> Pinned {
         Self::read_with(rel, block, std::ptr::null_mut())
     }
@@ -28,6 +33,18 @@ impl Pinned {
         block: pg_sys::BlockNumber,
         strategy: pg_sys::BufferAccessStrategy,
     ) -> Pinned {
+        if block == P_NEW {
+            super::error::raise(
+                PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
+                "a page of a block store refers to a page that cannot be",
+                "",
+                "The table is damaged; restore it from a backup.",
+            );
+        }
+        Self::get(rel, block, strategy)
+    }
+
+    fn get(rel: pg_sys::Relation, block: pg_sys::BlockNumber, strategy: pg_sys::BufferAccessStrategy) -> Pinned {
         // SAFETY: `rel` is an open relation, by the contract of every caller in `store`.
         let buffer = unsafe {
             pg_sys::ReadBufferExtended(
@@ -43,8 +60,7 @@ impl Pinned {
 
     /// Appends one zeroed page and pins it. The caller holds the relation's extension lock.
     pub fn extend(rel: pg_sys::Relation) -> Pinned {
-        const P_NEW: pg_sys::BlockNumber = pg_sys::InvalidBlockNumber;
-        Self::read(rel, P_NEW)
+        Self::get(rel, P_NEW, std::ptr::null_mut())
     }
 
     /// Takes the content lock in share mode.

@@ -80,6 +80,7 @@ pub fn extend_to(rel: pg_sys::Relation, wanted: pg_sys::BlockNumber) {
     unsafe {
         pg_sys::LockRelationForExtension(rel, pg_sys::ExclusiveLock as pg_sys::LOCKMODE);
         for _ in pages(rel)..wanted {
+            super::interrupt::check();
             drop(Pinned::extend(rel));
         }
         pg_sys::UnlockRelationForExtension(rel, pg_sys::ExclusiveLock as pg_sys::LOCKMODE);

@@ -98,11 +98,15 @@ impl ToastIndexes {
         }
     }
 
-    /// Removes the entries whose TIDs `gone` says yes to, from every index.
+    /// Removes the entries whose TIDs `gone` says yes to, from every index that is ready for insertions. Another one has
+    /// none: it is what a failed REINDEX CONCURRENTLY left, and its file may have no page at all.
     pub fn delete(&self, gone: impl Fn(pg_sys::ItemPointerData) -> bool) {
         for index in &self.indexes {
             // SAFETY: index and store are open and locked. The callback gets the state that is passed beside it.
             unsafe {
+                if !(*(*index.raw()).rd_index).indisready {
+                    continue;
+                }
                 let mut info = pg_sys::IndexVacuumInfo { index: index.raw(), ..Default::default() };
                 #[cfg(not(any(feature = "pg14", feature = "pg15")))]
                 {

@@ -168,7 +168,20 @@ impl Meta {
         if meta.version == 0 || meta.version > FORMAT_VERSION {
             return Err(FormatError::Newer { found: meta.version });
         }
+        if !meta.is_sound() {
+            return Err(FormatError::Unsound);
+        }
         Ok(meta)
+    }
+
+    /// False if the fields contradict each other: who trusted them would write over pages that are in use.
+    fn is_sound(&self) -> bool {
+        let end = extent_start(self.next_extent);
+        end <= u64::from(u32::MAX) // no page beyond
+            && (1..=self.map_end).contains(&self.map_next)
+            && u64::from(self.map_end) <= end
+            && self.fill_at <= self.fill_end
+            && self.fill_end <= position_of(end)
     }
 
     /// Writes the content behind the page header.
@@ -400,6 +413,13 @@ impl GapPage {
         GapPage { next, gaps }
     }
 
+    /// The gaps that may be used: those that lie in extents below `next_extent`.
+    pub fn usable(&self, next_extent: u32) -> impl Iterator<Item = (usize, &Gap)> {
+        let within = position_of(u64::from(HEAD_PAGES))..=position_of(extent_start(next_extent));
+        let sound = move |gap: &Gap| gap.start <= gap.end && within.contains(&gap.start) && within.contains(&gap.end);
+        self.gaps.iter().enumerate().filter(move |(_, gap)| sound(gap))
+    }
+
     /// False for a payload whose bytes happen to begin like a gap page.
     pub fn is_plausible(&self, pages: u32) -> bool {
         let limit = position_of(u64::from(pages).next_multiple_of(u64::from(EXTENT_PAGES)) + u64::from(EXTENT_PAGES));
@@ -426,6 +446,8 @@ pub enum FormatError {
     Magic { found: u32, expected: u32 },
     /// Written by a newer library.
     Newer { found: u16 },
+    /// Its fields contradict each other.
+    Unsound,
 }
 
 struct Reader<'a>(&'a [u8]);

@@ -164,7 +164,7 @@ pub fn edit_all(rel: pg_sys::Relation, decide: impl Fn(u32, &Locator) -> Locator
             (0..LOCATORS)
                 .map(|slot| (slot, Locator::read(page, slot)))
                 .filter(|(_, old)| old.stored_len() > 0)
-                .map(|(slot, old)| (slot, old, decide(first + slot, &old)))
+                .map(|(slot, old)| (slot, old, decide(first.wrapping_add(slot), &old)))
                 .collect()
         };
         let mut decided = {
@@ -185,7 +185,7 @@ pub fn edit_all(rel: pg_sys::Relation, decide: impl Fn(u32, &Locator) -> Locator
             }
         }
         for (slot, _, new) in &decided {
-            seen(first + slot, new);
+            seen(first.wrapping_add(*slot), new);
         }
     });
 }
@@ -208,7 +208,7 @@ pub fn for_each(rel: pg_sys::Relation, mut f: impl FnMut(u32, &Locator)) {
             }
         };
         for (slot, locator) in locators.iter().enumerate().filter(|(_, l)| l.stored_len() > 0) {
-            f(first + slot as u32, locator);
+            f(first.wrapping_add(slot as u32), locator);
         }
     });
 }
@@ -302,17 +302,24 @@ fn apply(
     meta.map_next += fresh;
     // From the top down: what is new is the lower end of the path.
     let new_maps = numbers.len();
+    // The lowest page of the path that exists already takes the entry for the first new one, or the locator itself.
+    let existing_number = match new_maps {
+        0 => leaf_page(rel, meta, path),
+        1 => Some(existing_lower(rel, meta, path)),
+        2 => Some(meta.roots[path.root as usize]),
+        _ => None,
+    };
+    if existing_number.is_some_and(|number| number == META_PAGE || numbers.contains(&number)) {
+        check_failed(rel, META_PAGE, FormatError::Unsound); // no page can be locked twice
+    }
+    let existing_pin = existing_number.map(|number| Pinned::read(rel, number));
     let pins: Vec<Pinned> = numbers.iter().map(|&number| Pinned::read(rel, number)).collect();
     let mut pages: Vec<Exclusive<'_>> = pins.iter().map(Pinned::exclusive).collect();
 
-    // The lowest page of the path that exists already takes the entry for the first new one, or the locator itself.
-    let existing_pin = match new_maps {
-        0 => leaf_page(rel, meta, path).map(|leaf| Pinned::read(rel, leaf)),
-        1 => Some(Pinned::read(rel, existing_lower(rel, meta, path))),
-        2 => Some(Pinned::read(rel, meta.roots[path.root as usize])),
-        _ => None,
-    };
     let mut existing = existing_pin.as_ref().map(Pinned::exclusive);
+    if let (0, Some(leaf), Some(number)) = (new_maps, &existing, existing_number) {
+        check(rel, number, check_leaf(leaf.bytes(), path.leaf));
+    }
     if new_maps == 3 {
         meta.roots[path.root as usize] = numbers[0];
     }
@@ -401,6 +408,12 @@ pub(super) fn check_failed(rel: pg_sys::Relation, page: u32, e: FormatError) -> 
             format!("block store {oid} has format version {found}, which this library does not know"),
             &format!("This library reads versions up to {}.", super::format::FORMAT_VERSION),
             "Install a newer version of pg_tessera and restart the server.",
+        ),
+        FormatError::Unsound => error::raise(
+            PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
+            format!("page {page} of block store {oid} is not what it should be"),
+            "Its fields contradict each other.",
+            "The table is damaged; restore it from a backup.",
         ),
         FormatError::Magic { found, expected } => error::raise(
             PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,

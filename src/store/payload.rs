@@ -67,6 +67,9 @@ pub fn read(rel: pg_sys::Relation, page: u32, offset: u64, out: &mut [u8]) {
 pub fn try_read(rel: pg_sys::Relation, page: u32, offset: u64, out: &mut [u8]) -> Result<(), u32> {
     let last = page as u64 + (offset + out.len() as u64 - 1) / PAGE_BYTES as u64;
     let first = page as u64 + offset / PAGE_BYTES as u64;
+    if last >= u64::from(pg_sys::InvalidBlockNumber) {
+        return Err(page); // a damaged locator
+    }
     // A payload is written and read as a whole: if its last page is in memory, the others most probably are.
     for ahead in (first + 1..=last.min(first + PAGES_PER_CHECK as u64)).rev() {
         // SAFETY: `rel` is open; a prefetch past the end is ignored.

@@ -5,12 +5,15 @@
 //! version after copying. So repacking needs no lock against readers or writers, can stop at any block, and what a crash
 //! leaves is free space that the next VACUUM finds.
 
-use super::format::{EXTENT_BYTES, EXTENT_PAGES, Locator, Meta, State, extent_of, extent_start, position_of};
+use super::format::{
+    EXTENT_BYTES, EXTENT_PAGES, HEAD_PAGES, Locator, Meta, State, extent_of, extent_start, position_of,
+};
 use super::reserve::{place, take_extents};
 use super::{fault, locators, payload, space};
 use crate::pg::buffer::PAGE_BYTES;
-use crate::pg::{interrupt, relation};
+use crate::pg::{error, interrupt, relation};
 use pgrx::pg_sys;
+use pgrx::prelude::*;
 use std::collections::VecDeque;
 
 /// Puts the live blocks of the store into the order that `order` gives, from the beginning of free tensor pages on. Returns
@@ -29,6 +32,17 @@ pub fn repack(
             blocks.push((id, *locator));
         }
     });
+    let file = position_of(u64::from(HEAD_PAGES))..=position_of(relation::pages(rel).into());
+    if let Some((id, _)) =
+        blocks.iter().find(|(_, l)| !file.contains(&l.range().start) || !file.contains(&l.range().end))
+    {
+        error::raise(
+            PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
+            format!("block {id} lies outside its block store"),
+            "",
+            "check_store tells more; restore the table from a backup.",
+        );
+    }
     let ids: Vec<(u32, u32)> = order(blocks).into_iter().map(|(id, l)| (id, l.stored_len())).collect();
     let mut count = 0;
     // The first pass may have to go behind the blocks that it moves; the second brings them to the file's beginning.

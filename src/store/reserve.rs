@@ -85,8 +85,8 @@ pub fn plan(meta: &Meta, len: u32, new_maps: u32, given: Option<u32>) -> Result<
     };
     let end = position + u64::from(len);
     after.fill_at = end.next_multiple_of(8).min(after.fill_end);
-    after.stored_blocks += 1;
-    after.stored_bytes += u64::from(len);
+    after.stored_blocks = after.stored_blocks.saturating_add(1);
+    after.stored_bytes = after.stored_bytes.saturating_add(u64::from(len));
     last_page = last_page.max((end - 1) / PAGE_BYTES as u64);
 
     Ok(Reservation {

@@ -16,6 +16,7 @@ use crate::pg::buffer::{Exclusive, PAGE_BYTES, Pinned, init_page};
 use crate::pg::wal::GenericRecord;
 use crate::pg::{interrupt, relation};
 use pgrx::pg_sys;
+use std::collections::HashSet;
 
 /// Pages of gaps in which a run is looked for before a fresh extent is taken.
 const PAGES_TRIED: usize = 8;
@@ -30,13 +31,16 @@ pub fn take_gap(rel: pg_sys::Relation, meta_page: &mut Exclusive<'_>, meta: Meta
         if number == 0 {
             break;
         }
-        let pin = Pinned::read(rel, number);
-        let mut page = pin.exclusive();
-        check(rel, number, check_map_header(page.bytes(), GAP_MAGIC, 0));
+        let pages = relation::pages(rel);
+        let pin = (META_PAGE + 1..pages).contains(&number).then(|| Pinned::read(rel, number));
+        let page = pin.as_ref().map(Pinned::exclusive);
+        let Some(mut page) = page.filter(|page| check_map_header(page.bytes(), GAP_MAGIC, 0).is_ok()) else {
+            // Damage that the next VACUUM mends: until then there is no list.
+            return Meta { gap_page: 0, ..meta };
+        };
         let mut list = GapPage::read(page.bytes());
-        let Some((at, start)) =
-            list.gaps.iter().enumerate().find_map(|(i, gap)| Some((i, place(gap.start, gap.end, len)?)))
-        else {
+        let fits = list.usable(meta.next_extent).find_map(|(i, gap)| Some((i, place(gap.start, gap.end, len)?)));
+        let Some((at, start)) = fits else {
             number = list.next;
             continue;
         };
@@ -127,16 +131,19 @@ pub fn survey(rel: pg_sys::Relation, detached: &Meta) -> Occupied {
     Occupied { gaps, end_page: end_page as u32, blocks, bytes }
 }
 
-/// Pages of the chain of gaps.
+/// Pages of the chain of gaps. It ends where it is damaged: the list is written anew anyway.
 fn chain(rel: pg_sys::Relation, meta: &Meta) -> Vec<u32> {
     let mut pages = Vec::new();
+    let mut seen = HashSet::new();
     let mut number = meta.gap_first;
-    while number != 0 {
+    while (META_PAGE + 1..relation::pages(rel)).contains(&number) && seen.insert(number) {
         interrupt::check();
-        pages.push(number);
         let pin = Pinned::read(rel, number);
         let page = pin.share();
-        check(rel, number, check_map_header(page.bytes(), GAP_MAGIC, 0));
+        if check_map_header(page.bytes(), GAP_MAGIC, 0).is_err() {
+            break;
+        }
+        pages.push(number);
         number = GapPage::read(page.bytes()).next;
     }
     pages

@@ -12,8 +12,10 @@ use super::locators::{
     LEAF, LOWER, META_PAGE, UPPER, check, entries, existing_lower, for_each_leaf, meta_of, read_meta,
 };
 use crate::pg::buffer::{Pinned, init_page};
+use crate::pg::relation;
 use crate::pg::wal::GenericRecord;
 use pgrx::pg_sys;
+use std::collections::HashSet;
 
 /// Frees the pages of locators none of which is in use, but for those to which new ids will come. The caller holds
 /// ShareUpdateExclusive on the store.
@@ -21,7 +23,7 @@ pub fn free_empty_leaves(rel: pg_sys::Relation) {
     let Some(meta) = read_meta(rel) else { return };
     let mut empty: Vec<u32> = Vec::new();
     for_each_leaf(rel, &meta, |first, leaf| {
-        let past = meta.next_block_id == 0 || first + LOCATORS <= meta.next_block_id;
+        let past = meta.next_block_id == 0 || u64::from(first) + u64::from(LOCATORS) <= u64::from(meta.next_block_id);
         if past && is_empty(Pinned::read(rel, leaf).share().bytes()) {
             empty.push(first / LOCATORS);
         }
@@ -34,10 +36,16 @@ pub fn free_empty_leaves(rel: pg_sys::Relation) {
         let mut meta_page = meta_pin.exclusive();
         let mut meta = meta_of(rel, meta_page.bytes());
         let lower_number = existing_lower(rel, &meta, &path);
+        if lower_number == META_PAGE {
+            continue; // damage: no page can be locked twice
+        }
         let lower_pin = Pinned::read(rel, lower_number);
         let mut lower = lower_pin.exclusive();
         check(rel, lower_number, check_map_header(lower.bytes(), MAP_MAGIC, LOWER));
         let leaf = map_entry(lower.bytes(), path.lower);
+        if leaf == META_PAGE || leaf == lower_number {
+            continue;
+        }
         let leaf_pin = Pinned::read(rel, leaf);
         let mut leaf_page = leaf_pin.exclusive();
         check(rel, leaf, check_leaf(leaf_page.bytes(), number));
@@ -59,13 +67,20 @@ fn is_empty(page: &[u8]) -> bool {
     (0..LOCATORS).all(|slot| Locator::read(page, slot).stored_len() == 0)
 }
 
-/// Pages of the chain of free ones, at most `count`. The caller keeps the metapage from changing.
+/// Pages of the chain of free ones, at most `count`. It ends where it is damaged: then these pages stay unused. The caller
+/// keeps the metapage from changing.
 pub fn free_pages(rel: pg_sys::Relation, meta: &Meta, count: usize) -> Vec<u32> {
-    let (mut pages, mut next) = (Vec::new(), meta.map_free);
-    while next != 0 && pages.len() < count {
+    if meta.map_free == 0 || count == 0 {
+        return Vec::new();
+    }
+    let (mut pages, mut seen, mut next) = (Vec::new(), HashSet::new(), meta.map_free);
+    let end = relation::pages(rel);
+    while (META_PAGE + 1..end).contains(&next) && pages.len() < count && seen.insert(next) {
         let pin = Pinned::read(rel, next);
         let page = pin.share();
-        check(rel, next, check_map_header(page.bytes(), FREE_MAGIC, LEAF));
+        if check_map_header(page.bytes(), FREE_MAGIC, LEAF).is_err() {
+            break;
+        }
         pages.push(next);
         next = next_free_page(page.bytes());
     }
@@ -75,8 +90,10 @@ pub fn free_pages(rel: pg_sys::Relation, meta: &Meta, count: usize) -> Vec<u32> 
 /// Takes up to `count` pages off the chain of free ones, in `meta`; the caller writes it.
 pub fn take_free_pages(rel: pg_sys::Relation, meta: &mut Meta, count: usize) -> Vec<u32> {
     let pages = free_pages(rel, meta, count);
-    if let Some(&last) = pages.last() {
-        meta.map_free = next_free_page(Pinned::read(rel, last).share().bytes());
+    match pages.last() {
+        Some(&last) => meta.map_free = next_free_page(Pinned::read(rel, last).share().bytes()),
+        None if count > 0 => meta.map_free = 0,
+        None => {}
     }
     pages
 }

@@ -78,7 +78,9 @@ impl Rewrite {
                 };
                 if let Some(reference) = reference.filter(|_| !self.keeps_store) {
                     let mut pointer = reference.to_toast_pointer(self.store);
-                    taken_in.push(pg_sys::detoast_external_attr(pointer.as_mut_ptr().cast()));
+                    let plain = (*att).attstorage == pg_sys::TYPSTORAGE_PLAIN as std::ffi::c_char;
+                    let detoast = if plain { pg_sys::detoast_attr } else { pg_sys::detoast_external_attr };
+                    taken_in.push(detoast(pointer.as_mut_ptr().cast()));
                     self.values[column] = pg_sys::Datum::from(taken_in[taken_in.len() - 1]);
                     stand_ins.retain(|(other, _)| *other != column);
                 } else if let Some(reference) = reference {
