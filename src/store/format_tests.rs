@@ -9,10 +9,19 @@ fn a_metapage_reads_back() {
     let mut meta = Meta::new([9; 32]);
     meta.roots[15] = 77;
     meta.stored_bytes = u64::MAX - 3;
-    meta.fill_at = 12;
-    meta.gap_page = 5;
+    (meta.fill_at, meta.fill_end) = (16, 40);
+    (meta.gap_page, meta.map_free) = (5, 6);
     meta.write(&mut page);
     assert_eq!(Meta::read(&page), Ok(meta));
+}
+
+#[test]
+fn a_metapage_that_contradicts_itself_is_refused() {
+    let mut page = vec![0u8; BLCKSZ];
+    let mut meta = Meta::new([9; 32]);
+    (meta.fill_at, meta.fill_end) = (48, 40);
+    meta.write(&mut page);
+    assert_eq!(Meta::read(&page), Err(FormatError::Unsound));
 }
 
 #[test]
