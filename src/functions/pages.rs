@@ -111,7 +111,7 @@ fn store_page(call: &Call) -> pg_sys::Datum {
         )
     };
     let meta = locators::read_meta(store.raw());
-    let tree: Vec<u32> = meta.as_ref().map(|meta| tree::tree_pages(store.raw(), meta)).unwrap_or_default();
+    let tree: Vec<u32> = if meta.is_some() { tree::tree_pages(store.raw()) } else { Vec::new() };
     let pin = Pinned::read(store.raw(), page);
     let bytes = pin.share().bytes().to_vec();
     let magic = page_magic(&bytes);

@@ -81,7 +81,7 @@ pub fn check(rel: pg_sys::Relation, report: &mut dyn FnMut(&str, Option<u32>, St
             report("overlapping blocks", Some(pair[1].2), format!("It overlaps block {}.", pair[0].2));
         }
     }
-    for page in tree::tree_pages(rel, &meta) {
+    for page in tree::tree_pages(rel) {
         let (start, end) = (position_of(page.into()), position_of(u64::from(page) + 1));
         let after = ranges.partition_point(|range| range.1 <= start);
         if let Some(range) = ranges.get(after).filter(|range| range.0 < end) {

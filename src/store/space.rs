@@ -102,7 +102,7 @@ pub fn survey(rel: pg_sys::Relation, detached: &Meta) -> Occupied {
     });
     // Extents with pages of the tree or of gaps are theirs whole.
     let meta = locators::read_meta(rel).unwrap_or(*detached);
-    let mut maps = tree::tree_pages(rel, &meta);
+    let mut maps = tree::tree_pages(rel);
     maps.extend(chain(rel, &meta));
     if detached.map_end > HEAD_PAGES {
         maps.push(detached.map_end - 1);

@@ -98,12 +98,14 @@ pub fn take_free_pages(rel: pg_sys::Relation, meta: &mut Meta, count: usize) -> 
     pages
 }
 
-/// Every page of the tree below the metapage, also the free ones.
-pub fn tree_pages(rel: pg_sys::Relation, meta: &Meta) -> Vec<u32> {
-    let mut pages = {
+/// Every page of the tree below the metapage, also the free ones: as one look at the metapage has them.
+pub fn tree_pages(rel: pg_sys::Relation) -> Vec<u32> {
+    let (meta, mut pages) = {
         let pin = Pinned::read(rel, META_PAGE);
         let page = pin.share();
-        free_pages(rel, &meta_of(rel, page.bytes()), usize::MAX)
+        let meta = meta_of(rel, page.bytes());
+        // The chain changes under the metapage's lock only.
+        (meta, free_pages(rel, &meta, usize::MAX))
     };
     for &upper in meta.roots.iter().filter(|page| **page != 0) {
         pages.push(upper);

@@ -13,9 +13,15 @@ impl Uses {
     /// Tensor `tensor` uses block `block_id`.
     pub fn add(&mut self, block_id: u32, tensor: u32) {
         let tensors = self.0.entry(block_id).or_default();
-        if tensors.last() != Some(&u64::from(tensor)) {
-            tensors.push(tensor.into());
+        if tensors.last() == Some(&u64::from(tensor)) {
+            return;
         }
+        if tensors.len() == tensors.capacity() && tensors.len() > 16 {
+            // Rows of many tensors may come in any order: what is kept grows with the tensors, not with the rows.
+            tensors.sort_unstable();
+            tensors.dedup();
+        }
+        tensors.push(tensor.into());
     }
 
     /// The blocks in the order in which they are to lie: by sharing class, so that a tensor is read from few tensor pages.
