@@ -34,6 +34,7 @@ unsafe extern "C-unwind" {
 /// Writes rows to the new table, and notes the blocks that they reference.
 struct Rewrite {
     state: RewriteState,
+    new: pg_sys::Relation,
     old_desc: pg_sys::TupleDesc,
     new_desc: pg_sys::TupleDesc,
     store: pg_sys::Oid,
@@ -92,7 +93,7 @@ impl Rewrite {
                 self.values[*column] = pg_sys::Datum::from(bytes.as_ptr());
             }
             let copy = pg_sys::heap_form_tuple(self.new_desc, self.values.as_mut_ptr(), self.nulls.as_mut_ptr());
-            pg_sys::ffi::pg_guard_ffi_boundary(|| rewrite_heap_tuple(self.state, tuple, copy));
+            without_store(self.new, || rewrite_heap_tuple(self.state, tuple, copy));
             pg_sys::heap_freetuple(copy);
             taken_in.into_iter().for_each(|value| pg_sys::pfree(value.cast()));
         }
@@ -126,6 +127,7 @@ pub unsafe extern "C-unwind" fn relation_copy_for_cluster(
                 state: pg_sys::ffi::pg_guard_ffi_boundary(|| {
                     begin_heap_rewrite(old, new, oldest_xmin, *xid_cutoff, *multi_cutoff)
                 }),
+                new,
                 old_desc: (*old).rd_att,
                 new_desc: (*new).rd_att,
                 store: (*(*old).rd_rel).reltoastrelid,
@@ -186,7 +188,7 @@ pub unsafe extern "C-unwind" fn relation_copy_for_cluster(
                 }
                 pg_sys::tuplesort_end(sort);
             }
-            pg_sys::ffi::pg_guard_ffi_boundary(|| end_heap_rewrite(rewrite.state));
+            without_store(new, || end_heap_rewrite(rewrite.state));
 
             let new_store = (*(*new).rd_rel).reltoastrelid;
             if rewrite.store != pg_sys::InvalidOid && new_store != pg_sys::InvalidOid {
@@ -339,6 +341,19 @@ unsafe fn is_dead(
             *recently_dead += 1.0;
         }
         state == HTSV_Result::HEAPTUPLE_DEAD
+    }
+}
+
+/// Calls into the rewrite module while the new table seems to have no TOAST relation: heapam's toaster would write heap
+/// pages into it, if a row is wide by values that lie in it (their storage, or `toast_tuple_target`, was another one when
+/// they were stored). Such a row stays as it is. On an ERROR the new table is gone.
+unsafe fn without_store<T>(new: pg_sys::Relation, f: impl FnOnce() -> T) -> T {
+    // SAFETY: the open relation that this transaction has made and nobody else sees.
+    unsafe {
+        let store = std::mem::replace(&mut (*(*new).rd_rel).reltoastrelid, pg_sys::InvalidOid);
+        let result = pg_sys::ffi::pg_guard_ffi_boundary(f);
+        (*(*new).rd_rel).reltoastrelid = store;
+        result
     }
 }
 
