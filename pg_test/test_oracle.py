@@ -18,9 +18,18 @@ from helpers import Background
 from oracle_steps import KEYS, TABLE, Steps, pool_rows
 
 FULL = bool(os.environ.get("TESSERA_FULL"))
-SEED = int(os.environ.get("TESSERA_SEED") or random.SystemRandom().randrange(10**6))
 STEPS = int(os.environ.get("TESSERA_STEPS") or (3000 if FULL else 800))
-RUNS = 1 if os.environ.get("TESSERA_SEED") else (10 if FULL else 3)
+# The same seeds on every ordinary run, so that its verdict is one on the commit; the first one found a bug once.
+# New ground is for TESSERA_FULL.
+FIXED = (819804, 1, 2)
+
+
+def chosen_seeds():
+    if os.environ.get("TESSERA_SEED"):
+        return (int(os.environ["TESSERA_SEED"]),)
+    return tuple(random.SystemRandom().sample(range(10**6), 10)) if FULL else FIXED
+
+
 SESSIONS = 3
 
 SETUP = """
@@ -304,10 +313,15 @@ def quiet():
     cluster.remove()
 
 
+@pytest.fixture(scope="module")
+def seeds():
+    return chosen_seeds()
+
+
 @pytest.mark.timeout(3600 if FULL else 300)
-@pytest.mark.parametrize("turn", range(RUNS))
-def test_same_rows_as_heap(quiet, turn):
-    seed = SEED + turn
+@pytest.mark.parametrize("turn", range(len(chosen_seeds())))
+def test_same_rows_as_heap(quiet, seeds, turn):
+    seed = seeds[turn]
     print(f"TESSERA_SEED={seed} TESSERA_STEPS={STEPS}", file=sys.stderr)
     with Database(quiet, "oracle") as database:
         run = Run(database, seed)
