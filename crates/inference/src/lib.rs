@@ -2,6 +2,7 @@
 //!
 //! - [`onnx`]: the file format at the wire level, [`onnx::strip`] and [`onnx::merge`];
 //! - [`plan`]: a stored graph and its tensors compiled by tract, and run;
+//! - [`weights`]: tensors that lie in blocks outside of plans;
 //! - [`worker`]: the thread on which long work runs while its caller stays interruptible;
 //! - [`json`] and [`array`]: tensors from and to what SQL has;
 //! - [`signature`], [`tensor`], [`error`]: the words they share.
@@ -16,4 +17,5 @@ pub mod onnx;
 pub mod plan;
 pub mod signature;
 pub mod tensor;
+pub mod weights;
 pub mod worker;
