@@ -1,30 +1,40 @@
-//! Runs one model: `run_model MODEL.onnx OUTPUT_FOLDER NAME=INPUT.npy...` writes `NAME.npy` for each output and
+//! Runs one model: `run_model [--blocks] MODEL.onnx OUTPUT_FOLDER NAME=INPUT.npy...`, with `--blocks` on blocks instead of
+//! on constants of the plan. Writes `NAME.npy` for each output and
 //! prints what was done and how long it took. Inputs and outputs are NumPy files; strings are not supported.
 
 use inference::onnx::{NoExternalData, strip};
 use inference::plan::{CompileOptions, Plan};
 use inference::signature::PortType;
 use inference::tensor::{HostTensor, TensorData};
+use inference::weights::{BlockSource, PrivateBlocks};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
-use tensor_blocks::DType;
+use tensor_blocks::{DType, Tiling};
+
+/// Bytes of a whole block.
+const BLOCK_BYTES: usize = 65_536;
 
 type Failure = Box<dyn std::error::Error>;
 
 fn main() {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    let on_blocks = arguments.first().is_some_and(|first| first == "--blocks");
+    if on_blocks {
+        arguments.remove(0);
+    }
     let [model, folder, inputs @ ..] = arguments.as_slice() else {
-        eprintln!("usage: run_model MODEL.onnx OUTPUT_FOLDER NAME=INPUT.npy...");
+        eprintln!("usage: run_model [--blocks] MODEL.onnx OUTPUT_FOLDER NAME=INPUT.npy...");
         std::process::exit(2);
     };
-    if let Err(error) = run(model, folder, inputs) {
+    if let Err(error) = run(model, folder, inputs, on_blocks) {
         println!("error: {error}");
         std::process::exit(1);
     }
 }
 
-fn run(model: &str, folder: &str, inputs: &[String]) -> Result<(), Failure> {
+fn run(model: &str, folder: &str, inputs: &[String], on_blocks: bool) -> Result<(), Failure> {
     let bytes = std::fs::read(model)?;
     let begin = Instant::now();
     let stripped = strip(&bytes, &mut NoExternalData, &mut || Ok(()))?;
@@ -34,35 +44,48 @@ fn run(model: &str, folder: &str, inputs: &[String]) -> Result<(), Failure> {
         out.extend_from_slice(&stripped.tensors[ordinal as usize].data);
         Ok(())
     };
-    let plan = Plan::compile(&stripped.graph, &mut fetch, &CompileOptions::default())?;
+    let tilings = stripped
+        .tensors
+        .iter()
+        .filter(|_| on_blocks)
+        .map(|tensor| Tiling::new(&tensor.dims, tensor.view, tensor.dtype, BLOCK_BYTES).map(Some))
+        .collect::<Result<Vec<_>, _>>()?;
+    let options = CompileOptions::default();
+    let plan = Plan::compile_on_blocks(&stripped.graph, &mut fetch, &tilings, &options, &mut || false)?;
     let compile_time = begin.elapsed();
+    let mut blocks = PrivateBlocks::new();
+    for tensor in plan.stored_tensors() {
+        blocks.add(tensor, &stripped.tensors[tensor.ordinal as usize].data)?;
+    }
+    let source: Arc<dyn BlockSource> = Arc::new(blocks);
     let mut given = Vec::new();
     for argument in inputs {
         let (name, path) = argument.split_once('=').ok_or("an input is NAME=FILE")?;
         given.push((name.to_owned(), read_npy(Path::new(path))?));
     }
-    let cancel = AtomicBool::new(false);
+    let cancel = Arc::new(AtomicBool::new(false));
     let begin = Instant::now();
     let heavy = plan.is_heavy(&given);
-    let outputs = plan.run(given.clone(), &cancel)?;
+    let outputs = plan.run_on_blocks(given.clone(), source.clone(), &cancel)?;
     let first = begin.elapsed();
     let mut best = f64::INFINITY;
     for _ in 0..3 {
         let begin = Instant::now();
-        plan.run(given.clone(), &cancel)?;
+        plan.run_on_blocks(given.clone(), source.clone(), &cancel)?;
         best = best.min(begin.elapsed().as_secs_f64());
     }
     for (name, tensor) in &outputs {
         write_npy(&Path::new(folder).join(format!("{}.npy", name.replace('/', "_"))), tensor)?;
     }
     println!(
-        "strip {:.1} ms, compile {:.1} ms, first run {:.1} ms, run {:.2} ms, general {}, heavy {heavy}, {} kB, {:?}",
+        "strip {:.1} ms, compile {:.1} ms, first run {:.1} ms, run {:.2} ms, general {}, heavy {heavy}, {} kB, {} tensors in blocks, {:?}",
         strip_time.as_secs_f64() * 1e3,
         compile_time.as_secs_f64() * 1e3,
         first.as_secs_f64() * 1e3,
         best * 1e3,
         plan.is_general(),
         plan.memory_bytes() >> 10,
+        plan.stored_tensors().len(),
         outputs.iter().map(|(name, tensor)| format!("{name} {:?}", tensor.shape)).collect::<Vec<_>>()
     );
     Ok(())

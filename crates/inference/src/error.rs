@@ -43,6 +43,8 @@ pub enum ErrorKind {
     OutOfRange,
     /// Stopped at the caller's wish.
     Cancelled,
+    /// Tensors that were to stay in blocks have uses that only an inline tensor has. Never leaves this crate.
+    WantsInline,
     /// A fault in this library.
     Internal,
 }
@@ -58,12 +60,21 @@ pub struct ModelError {
     pub detail: Option<String>,
     /// The way out: a full sentence.
     pub hint: Option<String>,
+    /// Ordinals of the stored tensors that the error is about.
+    pub tensors: Vec<u32>,
 }
 
 impl ModelError {
     /// An error without detail and hint.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> ModelError {
-        ModelError { kind, message: message.into(), detail: None, hint: None }
+        ModelError { kind, message: message.into(), detail: None, hint: None, tensors: Vec::new() }
+    }
+
+    /// These stored tensors have to be inline.
+    pub(crate) fn wants_inline(tensors: impl IntoIterator<Item = u32>) -> ModelError {
+        let mut error = ModelError::new(ErrorKind::WantsInline, "tensors have to be inline");
+        error.tensors.extend(tensors);
+        error
     }
 
     /// The same error with this detail.

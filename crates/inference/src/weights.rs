@@ -72,6 +72,11 @@ pub fn with_source<T>(source: Arc<dyn BlockSource>, cancel: Arc<AtomicBool>, run
     run()
 }
 
+/// True while a run of this thread has a source of blocks.
+pub(crate) fn has_source() -> bool {
+    RUN.with_borrow(Option::is_some)
+}
+
 /// Calls `each` with the place in `wanted` and the bytes of every wanted block, in order.
 ///
 /// # Errors

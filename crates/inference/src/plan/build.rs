@@ -5,12 +5,14 @@
 //! slower with them, the plan keeps a [`Template`] that is compiled for concrete shapes on demand.
 
 use super::analyse::analyse;
+use super::blocks::{self, StoredConst};
 use super::names::Names;
 use super::prepare::Prepared;
 use super::{CompileOptions, Key};
 use crate::error::{ErrorKind, ModelError};
 use crate::signature::{Dim, Port, PortType, Signature};
 use crate::tensor::{HostTensor, engine_of_dtype};
+use crate::weights::{self, StoredTensor};
 use crate::worker::cancelled;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -114,8 +116,8 @@ pub(super) fn compile(
     options: &CompileOptions,
     cancel: &AtomicBool,
 ) -> Result<Compiled, ModelError> {
-    let Prepared { signature, model, constants, .. } = prepared;
-    let parsed = parse(&model, constants, &signature)?;
+    let Prepared { signature, model, constants, stored, .. } = prepared;
+    let parsed = parse(&model, constants, stored, &signature)?;
     drop(model);
     proceed(cancel)?;
     let names = Names::new(&signature, &parsed.symbols);
@@ -140,7 +142,9 @@ pub(super) fn compile(
                 }
                 return Ok(compiled);
             }
-            Err(error) if matches!(error.kind, ErrorKind::Cancelled | ErrorKind::TooLarge) => return Err(error),
+            Err(error) if matches!(error.kind, ErrorKind::Cancelled | ErrorKind::TooLarge | ErrorKind::WantsInline) => {
+                return Err(error);
+            }
             Err(error) if !free && !wants_constants(&error) => return Err(error),
             Err(error) => failed = Some(error),
         }
@@ -207,7 +211,7 @@ fn probe(
             });
             match made {
                 Ok(_) => return Ok(None),
-                Err(error) if error.kind == ErrorKind::Cancelled => return Err(error),
+                Err(error) if matches!(error.kind, ErrorKind::Cancelled | ErrorKind::WantsInline) => return Err(error),
                 // Shapes that do not fit fail in many ways; a wish for constants is the one to hear.
                 Err(error) if wants_constants(&error) => return Ok(Some(error)),
                 Err(error) => errors.push(error),
@@ -226,6 +230,7 @@ fn probe(
 fn parse(
     model: &ModelProto,
     mut constants: HashMap<String, Arc<Tensor>>,
+    mut stored: HashMap<String, StoredTensor>,
     signature: &Signature,
 ) -> Result<InferenceModel, ModelError> {
     let parsed = framework().parse(model, None).map_err(|error| unreadable(model, &error))?;
@@ -235,9 +240,15 @@ fn parse(
     let mut model = parsed.model;
     let sources = std::mem::take(&mut model.inputs);
     for outlet in sources {
-        match constants.remove(model.nodes[outlet.node].name.as_str()) {
-            Some(tensor) => place(&mut model, outlet, tensor)?,
-            None => model.inputs.push(outlet),
+        let name = model.nodes[outlet.node].name.as_str();
+        if let Some(tensor) = constants.remove(name) {
+            place(&mut model, outlet, tensor)?;
+        } else if let Some(tensor) = stored.remove(name) {
+            let node = &mut model.nodes[outlet.node];
+            node.op = expand(StoredConst { tensor });
+            node.outputs[0].fact = InferenceFact::default();
+        } else {
+            model.inputs.push(outlet);
         }
     }
     let names: Vec<&str> = model.inputs.iter().map(|outlet| model.nodes[outlet.node].name.as_str()).collect();
@@ -294,7 +305,24 @@ fn typed(
     super::repair::repair(&mut typed);
     typed.declutter().map_err(|error| failure("simplifying the graph", &error))?;
     proceed(cancel)?;
+    place_on_blocks(&mut typed, options.memory_limit)?;
+    proceed(cancel)?;
     Ok(typed)
+}
+
+/// Exchanges operators for those that compute on blocks. What has no such operator has to be inline: when a plan is made
+/// that is told to the caller, in a run the tensor is put together from its blocks.
+fn place_on_blocks(model: &mut TypedModel, limit: u64) -> Result<(), ModelError> {
+    loop {
+        let inline = blocks::replace(model).map_err(|error| failure("placing the operators on blocks", &error))?;
+        if inline.is_empty() {
+            return Ok(());
+        }
+        if !weights::has_source() {
+            return Err(ModelError::wants_inline(inline));
+        }
+        blocks::put_inline(model, &inline, limit)?;
+    }
 }
 
 /// Refuses a graph in which a value of known size exceeds the limit.

@@ -12,6 +12,7 @@
 //! - a plan is immutable but for its cache of specialisations, and may be used by several threads.
 
 mod analyse;
+mod blocks;
 mod branch;
 mod build;
 mod cast;
@@ -36,11 +37,13 @@ mod tests;
 use crate::error::{ErrorKind, ModelError};
 use crate::signature::Signature;
 use crate::tensor::HostTensor;
+use crate::weights::{self, BlockSource, StoredTensor};
 use crate::worker;
 use build::{Runnable, Template};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use tensor_blocks::Tiling;
 
 pub(crate) use prepare::decode;
 
@@ -53,13 +56,15 @@ pub struct CompileOptions {
     /// Bytes that the values of one run may take at a time, and that a constant computed at compile may take.
     /// A run that would need more is refused with `TooLarge`. Default 2 GB.
     pub memory_limit: u64,
+    /// Tensors of fewer bytes are part of the plan even where they could stay in blocks. Default 32 kB.
+    pub inline_tensor_bytes: u64,
     /// Plans for concrete input shapes that are kept for a model that needs them. Default 4.
     pub specialisations: usize,
 }
 
 impl Default for CompileOptions {
     fn default() -> CompileOptions {
-        CompileOptions { memory_limit: 2 << 30, specialisations: 4 }
+        CompileOptions { memory_limit: 2 << 30, inline_tensor_bytes: 32 << 10, specialisations: 4 }
     }
 }
 
@@ -83,6 +88,8 @@ pub struct Plan {
     /// What plans for concrete shapes are made of; none where `general` does for all shapes.
     template: Option<Template>,
     specialised: Mutex<Vec<(Key, Arc<Runnable>)>>,
+    /// What stays in blocks, by ordinal.
+    stored: Vec<StoredTensor>,
     /// Bytes of the tensors.
     weights: u64,
     memory: AtomicU64,
@@ -98,21 +105,41 @@ impl Plan {
     /// `UnsupportedType` for what cannot be run; `TooLarge` for constants beyond the memory limit; what `tensors`
     /// returns.
     pub fn compile(graph: &[u8], tensors: &mut FetchTensor<'_>, options: &CompileOptions) -> Result<Plan, ModelError> {
-        Plan::compile_interruptible(graph, tensors, options, &mut || false)
+        Plan::compile_on_blocks(graph, tensors, &[], options, &mut || false)
     }
 
-    /// As [`compile`](Plan::compile); `poll` is called at least every 20 ms while the compute thread works, and ends
+    /// As [`compile`](Plan::compile); tensors that have a tiling (by ordinal) may stay in blocks: they are not fetched,
+    /// and a run has to have a source of blocks ([`Plan::run_on_blocks`]). `poll` is called at least every 20 ms while the compute thread works, and ends
     /// the call with `Cancelled` when it says true.
     ///
     /// # Errors
     /// As [`compile`](Plan::compile), and `Cancelled`.
-    pub fn compile_interruptible(
+    pub fn compile_on_blocks(
         graph: &[u8],
         tensors: &mut FetchTensor<'_>,
+        tilings: &[Option<Tiling>],
         options: &CompileOptions,
         poll: &mut dyn FnMut() -> bool,
     ) -> Result<Plan, ModelError> {
-        Plan::compile_prepared(prepare::prepare(graph, tensors, options)?, options, poll)
+        let mut inline = BTreeSet::new();
+        loop {
+            let blocks = prepare::Blocks { tilings, inline: &inline };
+            let prepared = prepare::prepare(graph, tensors, blocks, options)?;
+            let stored: Vec<u32> = prepared.stored.values().map(|tensor| tensor.ordinal).collect();
+            match Plan::compile_prepared(prepared, options, poll) {
+                // Each turn puts at least one more tensor inline.
+                Err(error) if error.kind == ErrorKind::WantsInline && !error.tensors.is_empty() => {
+                    inline.extend(error.tensors);
+                }
+                // What tract cannot compile without seeing its weights it may compile with them.
+                Err(error)
+                    if !stored.is_empty() && !matches!(error.kind, ErrorKind::Cancelled | ErrorKind::TooLarge) =>
+                {
+                    inline.extend(stored);
+                }
+                result => return result,
+            }
+        }
     }
 
     fn compile_prepared(
@@ -138,10 +165,13 @@ impl Plan {
     ) -> Result<Plan, ModelError> {
         let weights = prepared.weights;
         let signature = prepared.signature.clone();
+        let mut stored: Vec<StoredTensor> = prepared.stored.values().cloned().collect();
+        stored.sort_by_key(|tensor| tensor.ordinal);
         let build::Compiled { general, template, doubt } = build::compile(prepared, &options, cancel)?;
         let plan = Plan {
             signature,
             options,
+            stored,
             general: general.map(Arc::new),
             template,
             specialised: Mutex::new(Vec::new()),
@@ -151,6 +181,24 @@ impl Plan {
         };
         plan.count_memory(0);
         Ok(plan)
+    }
+
+    /// The tensors that the plan does not hold, by ordinal: a run needs a source of their blocks.
+    pub fn stored_tensors(&self) -> &[StoredTensor] {
+        &self.stored
+    }
+
+    /// As [`run`](Plan::run), for a plan whose tensors stay in blocks.
+    ///
+    /// # Errors
+    /// As [`run`](Plan::run), and what the source gives.
+    pub fn run_on_blocks(
+        &self,
+        inputs: Vec<(String, HostTensor)>,
+        source: Arc<dyn BlockSource>,
+        cancel: &Arc<AtomicBool>,
+    ) -> Result<Vec<(String, HostTensor)>, ModelError> {
+        weights::with_source(source, cancel.clone(), || self.run(inputs, cancel))
     }
 
     /// Runs the plan. `cancel` is looked at between operators. Outputs come in the graph's order.

@@ -15,9 +15,10 @@ use super::{CompileOptions, FetchTensor, refusals};
 use crate::error::ModelError;
 use crate::signature::{PortType, Signature};
 use crate::tensor::{element_count, engine_of_dtype, engine_tensor, unsupported_dtype};
-use std::collections::HashMap;
+use crate::weights::StoredTensor;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
-use tensor_blocks::DType;
+use tensor_blocks::{DType, Tiling};
 use tract_onnx::pb::{AttributeProto, GraphProto, ModelProto, TensorProto, TypeProto, ValueInfoProto, type_proto};
 use tract_onnx::prelude::tract_ndarray::ArrayD;
 use tract_onnx::prelude::{Framework, IntoTensor, Tensor};
@@ -33,8 +34,19 @@ pub(super) struct Prepared {
     pub model: ModelProto,
     /// The main graph's initializers by name; each is an input of `model`'s graph.
     pub constants: HashMap<String, Arc<Tensor>>,
-    /// Bytes of all tensors.
+    /// Initializers that stay in blocks; each is an input of `model`'s graph too.
+    pub stored: HashMap<String, StoredTensor>,
+    /// Bytes of the tensors that the plan holds.
     pub weights: u64,
+}
+
+/// What of a model's tensors may stay in blocks.
+#[derive(Clone, Copy)]
+pub(super) struct Blocks<'a> {
+    /// By ordinal, how a tensor is cut into blocks; none where it has to be inline.
+    pub tilings: &'a [Option<Tiling>],
+    /// Tensors that no block operator can use.
+    pub inline: &'a BTreeSet<u32>,
 }
 
 /// Decodes a protobuf as an ONNX model.
@@ -54,15 +66,17 @@ pub(crate) fn decode(graph: &[u8]) -> Result<ModelProto, ModelError> {
 pub(super) fn prepare(
     graph: &[u8],
     fetch: &mut FetchTensor<'_>,
+    blocks: Blocks<'_>,
     options: &CompileOptions,
 ) -> Result<Prepared, ModelError> {
-    prepare_model(decode(graph)?, fetch, options)
+    prepare_model(decode(graph)?, fetch, blocks, options)
 }
 
 /// The same for a model that is decoded already.
 pub(super) fn prepare_model(
     mut model: ModelProto,
     fetch: &mut FetchTensor<'_>,
+    blocks: Blocks<'_>,
     options: &CompileOptions,
 ) -> Result<Prepared, ModelError> {
     let signature = Signature::of_model(&model)?;
@@ -87,22 +101,33 @@ pub(super) fn prepare_model(
     model.metadata_props.clear();
     model.doc_string.clear();
     let mut store = Store { fetch, weights: 0, limit: options.memory_limit, buffer: Vec::new() };
-    let mut constants = HashMap::new();
+    let (mut constants, mut stored) = (HashMap::new(), HashMap::new());
     if let Some(graph) = &mut model.graph {
+        let usable = names_for_blocks(graph);
         let initializers = std::mem::take(&mut graph.initializer);
         let mut inputs = std::mem::take(&mut graph.input);
         for tensor in initializers {
             if tensor.name.is_empty() {
                 return Err(ModelError::invalid_model("an initializer has no name"));
             }
-            let constant = Arc::new(store.tensor(&tensor)?);
+            let in_blocks = match usable.get(tensor.name.as_str()) {
+                Some(&any_type) => stored_tensor(&tensor, any_type, blocks, options)?,
+                None => None,
+            };
             let source = source_info(&tensor.name, tensor.data_type);
             match inputs.iter_mut().find(|info| info.name == tensor.name) {
                 Some(info) => *info = source,
                 None => inputs.push(source),
             }
             let name = tensor.name.clone();
-            if constants.insert(tensor.name, constant).is_some() {
+            let twice = match in_blocks {
+                Some(in_blocks) => stored.insert(tensor.name, in_blocks).is_some() || constants.contains_key(&name),
+                None => {
+                    let constant = Arc::new(store.tensor(&tensor)?);
+                    constants.insert(tensor.name, constant).is_some() || stored.contains_key(&name)
+                }
+            };
+            if twice {
                 return Err(ModelError::invalid_model(format!("initializer \"{name}\" is defined twice")));
             }
         }
@@ -111,7 +136,72 @@ pub(super) fn prepare_model(
         super::rewrite::rewrite(graph);
     }
     let weights = store.weights;
-    Ok(Prepared { signature, model, constants, weights })
+    Ok(Prepared { signature, model, constants, stored, weights })
+}
+
+/// The tensor as one that stays in blocks, if it may.
+fn stored_tensor(
+    tensor: &TensorProto,
+    any_type: bool,
+    blocks: Blocks<'_>,
+    options: &CompileOptions,
+) -> Result<Option<StoredTensor>, ModelError> {
+    if tensor.data_location != Some(EXTERNAL) {
+        return Ok(None);
+    }
+    let ordinal = ordinal_of(tensor)?;
+    let Some(Some(tiling)) = blocks.tilings.get(ordinal as usize) else { return Ok(None) };
+    let dtype = tiling.dtype();
+    let fits = (any_type || dtype == DType::Float32)
+        && DType::from_onnx(tensor.data_type) == Some(dtype)
+        && engine_of_dtype(dtype).is_some()
+        && dtype != DType::Bool
+        && tiling.byte_len() as u64 >= options.inline_tensor_bytes;
+    if !fits || blocks.inline.contains(&ordinal) {
+        return Ok(None);
+    }
+    let dims = shape_of(tensor)?;
+    Ok(Some(StoredTensor { ordinal, dims, tiling: tiling.clone() }))
+}
+
+/// The initializers whose every use may be one that block operators have, and whether that is so for any element type;
+/// others for float32 only.
+fn names_for_blocks(graph: &GraphProto) -> HashMap<String, bool> {
+    let mut usable = HashMap::new();
+    let mut refused: HashSet<&str> = graph.output.iter().map(|output| output.name.as_str()).collect();
+    for node in &graph.node {
+        let default_domain = matches!(node.domain.as_str(), "" | "ai.onnx");
+        for (place, name) in node.input.iter().enumerate() {
+            let any_type = match (node.op_type.as_str(), place) {
+                _ if !default_domain => None,
+                ("Gather", 0) => Some(true),
+                ("MatMul" | "Gemm", 0 | 1) | ("Einsum", _) | ("Transpose", 0) => Some(false),
+                _ => None,
+            };
+            match any_type {
+                Some(any_type) => *usable.entry(name.clone()).or_insert(true) &= any_type,
+                None => {
+                    refused.insert(name);
+                }
+            }
+        }
+        for body in node.attribute.iter().flat_map(|it| it.g.iter().chain(&it.graphs)) {
+            names_in(body, &mut refused);
+        }
+    }
+    usable.retain(|name, _| !refused.contains(name.as_str()));
+    usable
+}
+
+/// Every name that a subgraph uses: it may be one of the graph around it.
+fn names_in<'a>(graph: &'a GraphProto, names: &mut HashSet<&'a str>) {
+    names.extend(graph.output.iter().map(|output| output.name.as_str()));
+    for node in &graph.node {
+        names.extend(node.input.iter().map(String::as_str));
+        for body in node.attribute.iter().flat_map(|it| it.g.iter().chain(&it.graphs)) {
+            names_in(body, names);
+        }
+    }
 }
 
 /// The declaration of a graph input of this type and any shape.

@@ -116,7 +116,7 @@ pub(super) fn run(
     });
     let outputs = match (result, stopped) {
         (_, Some(stop)) => return Err(stop),
-        (Err(error), None) => return Err(failed(&error)),
+        (Err(error), None) => return Err(super::blocks::carried(&error).unwrap_or_else(|| failed(&error))),
         (Ok(outputs), None) => outputs,
     };
     let sizes = runnable.symbols(shapes);

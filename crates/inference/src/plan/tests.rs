@@ -100,9 +100,12 @@ fn model(graph: GraphProto) -> ModelProto {
     ModelProto { ir_version: 8, opset_import, graph: Some(graph), ..Default::default() }
 }
 
+/// Every tensor inline.
+const NO_BLOCKS: prepare::Blocks<'static> = prepare::Blocks { tilings: &[], inline: &BTreeSet::new() };
+
 fn compile_with(model: ModelProto, options: &CompileOptions) -> Result<Plan, ModelError> {
     let mut none = |_: u32, _: &mut Vec<u8>| Err(ModelError::internal("no tensor is stored"));
-    Plan::compile_prepared(prepare::prepare_model(model, &mut none, options)?, options, &mut || false)
+    Plan::compile_prepared(prepare::prepare_model(model, &mut none, NO_BLOCKS, options)?, options, &mut || false)
 }
 
 fn compile(graph: GraphProto) -> Result<Plan, ModelError> {
@@ -202,7 +205,7 @@ fn a_set_flag_cancels() {
     let error = plan.run(vec![("x".into(), f32s(&[1, 2], &[1., 2.]))], &AtomicBool::new(true)).unwrap_err();
     assert_eq!(error.kind, Cancelled);
     let mut none = |_: u32, _: &mut Vec<u8>| Ok(());
-    let prepared = prepare::prepare_model(model(product()), &mut none, &CompileOptions::default()).unwrap();
+    let prepared = prepare::prepare_model(model(product()), &mut none, NO_BLOCKS, &CompileOptions::default()).unwrap();
     let error = Plan::from_prepared(prepared, CompileOptions::default(), &AtomicBool::new(true)).unwrap_err();
     assert_eq!(error.kind, Cancelled);
 }
@@ -296,7 +299,7 @@ fn stored_tensors_are_fetched_and_no_file_is_opened() {
             Ok(())
         };
         let options = CompileOptions::default();
-        let prepared = prepare::prepare_model(model, &mut fetch, &options)?;
+        let prepared = prepare::prepare_model(model, &mut fetch, NO_BLOCKS, &options)?;
         Ok((Plan::compile_prepared(prepared, &options, &mut || false)?, asked))
     };
     let (plan, asked): (Plan, Vec<u32>) = compile(external("tessera", "7"), 24).unwrap();
