@@ -129,7 +129,7 @@ fn run(plan: &Arc<Plan>, inputs: Vec<(String, HostTensor)>) -> Vec<(String, Host
         let (plan, memory) = (plan.clone(), plan.memory_bytes());
         let shared = plan.clone();
         let result =
-            inference::worker::run_interruptible(move |cancel| plan.run(inputs, cancel), &mut interrupt::should_stop);
+            inference::worker::run_interruptible(move |cancel, _| plan.run(inputs, cancel), &mut interrupt::should_stop);
         if shared.memory_bytes() != memory {
             shrink();
         }

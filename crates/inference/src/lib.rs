@@ -4,6 +4,7 @@
 //! - [`plan`]: a stored graph and its tensors compiled by tract, and run;
 //! - [`weights`]: tensors that lie in blocks outside of plans;
 //! - [`worker`]: the thread on which long work runs while its caller stays interruptible;
+//! - [`remote`]: runs there whose blocks come from the calling thread;
 //! - [`json`] and [`array`]: tensors from and to what SQL has;
 //! - [`signature`], [`tensor`], [`error`]: the words they share.
 //!
@@ -15,6 +16,7 @@ pub mod error;
 pub mod json;
 pub mod onnx;
 pub mod plan;
+pub mod remote;
 pub mod signature;
 pub mod tensor;
 pub mod weights;

@@ -16,7 +16,7 @@
 
 use crate::error::ModelError;
 use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -30,8 +30,25 @@ pub const STACK_BYTES: usize = 256 << 20;
 
 type Job = Box<dyn FnOnce() + Send>;
 
+/// What a job leaves for its caller: its result, and that it rang.
+struct Place<T> {
+    result: Option<Result<T, ModelError>>,
+    rung: bool,
+}
+
 /// Where a job leaves its result, and how its caller hears of it.
-type Outcome<T> = (Mutex<Option<Result<T, ModelError>>>, Condvar);
+type Outcome<T> = (Mutex<Place<T>>, Condvar);
+
+/// By which a job asks its caller to call `poll` now.
+#[derive(Clone)]
+pub struct Bell(Arc<dyn Fn() + Send + Sync>);
+
+impl Bell {
+    /// Wakes the caller.
+    pub fn ring(&self) {
+        (self.0)();
+    }
+}
 
 /// Where the callers leave a job. `busy` from the moment a job is left until it has ended.
 #[derive(Default)]
@@ -106,25 +123,30 @@ fn worker() -> Result<Arc<Worker>, ModelError> {
 }
 
 /// Runs `job` on the compute thread and sleeps until it has ended. While it runs, and while an earlier job that was
-/// given up still ends, `poll` is called at least every [`POLL_INTERVAL`]; when it says true, the job's flag is set
-/// and the call returns `Cancelled` at once.
+/// given up still ends, `poll` is called at least every [`POLL_INTERVAL`], and when the job rings its [`Bell`]; when it
+/// says true, the job's flag is set and the call returns `Cancelled` at once.
 ///
 /// # Errors
 /// What the job returns, `Cancelled`, or `Internal` when the job panics or there is no thread.
 pub fn run_interruptible<T, F>(job: F, poll: &mut dyn FnMut() -> bool) -> Result<T, ModelError>
 where
     T: Send + 'static,
-    F: FnOnce(&AtomicBool) -> Result<T, ModelError> + Send + 'static,
+    F: FnOnce(&Arc<AtomicBool>, &Bell) -> Result<T, ModelError> + Send + 'static,
 {
     let worker = worker()?;
     let cancel = Arc::new(AtomicBool::new(false));
-    let outcome: Arc<Outcome<T>> = Arc::default();
+    let outcome: Arc<Outcome<T>> = Arc::new((Mutex::new(Place { result: None, rung: false }), Condvar::new()));
     let (job_cancel, job_outcome) = (cancel.clone(), outcome.clone());
+    let rings = outcome.clone();
+    let bell = Bell(Arc::new(move || {
+        lock(&rings.0).rung = true;
+        rings.1.notify_one();
+    }));
     let boxed: Job = Box::new(move || {
-        let result = contain_panic("a job of the compute thread", || job(&job_cancel));
+        let result = contain_panic("a job of the compute thread", || job(&job_cancel, &bell));
         let mut place = lock(&job_outcome.0);
         if !job_cancel.load(Ordering::Acquire) {
-            *place = Some(result);
+            place.result = Some(result);
         }
         drop(place);
         job_outcome.1.notify_one();
@@ -151,12 +173,17 @@ where
     let _give_up = GiveUp(&cancel);
     let mut place = lock(&outcome.0);
     loop {
-        if let Some(result) = place.take() {
+        if let Some(result) = place.result.take() {
             return result;
         }
-        let waited = outcome.1.wait_timeout(place, POLL_INTERVAL).unwrap_or_else(PoisonError::into_inner);
-        place = waited.0;
-        if waited.1.timed_out() && place.is_none() {
+        let mut timed_out = false;
+        if !place.rung {
+            let waited = outcome.1.wait_timeout(place, POLL_INTERVAL).unwrap_or_else(PoisonError::into_inner);
+            place = waited.0;
+            timed_out = waited.1.timed_out();
+        }
+        let rung = std::mem::take(&mut place.rung);
+        if (timed_out || rung) && place.result.is_none() {
             drop(place);
             if poll() {
                 return Err(cancelled());
@@ -164,6 +191,14 @@ where
             place = lock(&outcome.0);
         }
     }
+}
+
+/// Waits until no job is on the thread, but not longer than `limit`. True if there is none.
+pub fn wait_idle(limit: Duration) -> bool {
+    let Some((_, worker)) = lock(&WORKER).clone().filter(|(owner, _)| *owner == std::process::id()) else { return true };
+    let desk = lock(&worker.desk);
+    let waited = worker.job_ended.wait_timeout_while(desk, limit, |desk| desk.busy);
+    !waited.unwrap_or_else(PoisonError::into_inner).0.busy
 }
 
 struct GiveUp<'a>(&'a AtomicBool);
@@ -178,9 +213,13 @@ pub(crate) fn cancelled() -> ModelError {
     ModelError::cancelled("the computation was cancelled")
 }
 
-/// Runs `work` and makes a panic an error of kind `Internal` that names the step.
+/// Runs `work` and makes a panic an error of kind `Internal` that names the step. A panic that carries something else
+/// than a text is not one of ours but a caller's error that unwinds, and goes on.
 pub(crate) fn contain_panic<T>(step: &str, work: impl FnOnce() -> Result<T, ModelError>) -> Result<T, ModelError> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        if !panic.is::<&str>() && !panic.is::<String>() {
+            resume_unwind(panic);
+        }
         let text = panic_text(&*panic);
         // Dropping a panic's payload may panic again.
         let _ = catch_unwind(AssertUnwindSafe(|| drop(panic)));
@@ -209,18 +248,18 @@ mod tests {
     #[test]
     fn returns_what_the_job_returns() {
         let _turn = lock(&TURN);
-        assert_eq!(run_interruptible(|_| Ok(7), &mut || false), Ok(7));
-        let error = run_interruptible(|_| -> Result<(), _> { Err(ModelError::too_large("big")) }, &mut || false);
+        assert_eq!(run_interruptible(|_, _| Ok(7), &mut || false), Ok(7));
+        let error = run_interruptible(|_, _| -> Result<(), _> { Err(ModelError::too_large("big")) }, &mut || false);
         assert_eq!(error.unwrap_err().kind, ErrorKind::TooLarge);
     }
 
     #[test]
     fn a_panic_is_an_error_and_the_thread_lives_on() {
         let _turn = lock(&TURN);
-        let error = run_interruptible(|_| -> Result<(), _> { panic!("number {}", 7) }, &mut || false).unwrap_err();
+        let error = run_interruptible(|_, _| -> Result<(), _> { panic!("number {}", 7) }, &mut || false).unwrap_err();
         assert_eq!(error.kind, ErrorKind::Internal);
         assert_eq!(error.detail.as_deref(), Some("number 7"));
-        assert_eq!(run_interruptible(|_| Ok(8), &mut || false), Ok(8));
+        assert_eq!(run_interruptible(|_, _| Ok(8), &mut || false), Ok(8));
     }
 
     #[test]
@@ -230,7 +269,7 @@ mod tests {
         let (saw, seen) = channel();
         let begin = Instant::now();
         let error = run_interruptible(
-            move |cancel| {
+            move |cancel, _| {
                 released.recv().ok();
                 saw.send(cancel.load(Ordering::Acquire)).ok();
                 Ok(())
@@ -240,10 +279,10 @@ mod tests {
         assert_eq!(error.unwrap_err().kind, ErrorKind::Cancelled);
         assert!(begin.elapsed() < Duration::from_millis(500));
         // The thread is still in the first job: a second can be given up while it waits.
-        let error = run_interruptible(|_| Ok(()), &mut || true);
+        let error = run_interruptible(|_, _| Ok(()), &mut || true);
         assert_eq!(error.unwrap_err().kind, ErrorKind::Cancelled);
         let mut polls = 0;
-        let answer = run_interruptible(|_| Ok(9), &mut || {
+        let answer = run_interruptible(|_, _| Ok(9), &mut || {
             polls += 1;
             if polls == 2 {
                 release.send(()).ok();
@@ -260,7 +299,7 @@ mod tests {
         let (saw, seen) = channel();
         let unwound = catch_unwind(AssertUnwindSafe(|| {
             run_interruptible(
-                move |cancel| {
+                move |cancel, _| {
                     while !cancel.load(Ordering::Acquire) {
                         std::thread::sleep(Duration::from_millis(1));
                     }
@@ -272,7 +311,7 @@ mod tests {
         }));
         assert!(unwound.is_err());
         assert_eq!(seen.recv_timeout(Duration::from_secs(10)), Ok(()));
-        assert_eq!(run_interruptible(|_| Ok(1), &mut || false), Ok(1));
+        assert_eq!(run_interruptible(|_, _| Ok(1), &mut || false), Ok(1));
     }
 
     #[test]
@@ -283,6 +322,6 @@ mod tests {
         }
         let _turn = lock(&TURN);
         // 16,384 frames of 4 kB: 64 MB, more than any thread has by default.
-        assert!(run_interruptible(|_| Ok(depth(16_384)), &mut || false).unwrap() > 0);
+        assert!(run_interruptible(|_, _| Ok(depth(16_384)), &mut || false).unwrap() > 0);
     }
 }

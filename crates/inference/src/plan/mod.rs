@@ -149,7 +149,7 @@ impl Plan {
     ) -> Result<Plan, ModelError> {
         let options = options.clone();
         worker::run_interruptible(
-            move |cancel| {
+            move |cancel, _| {
                 contain("compiling the model", ErrorKind::InvalidModel, || {
                     Plan::from_prepared(prepared, options, cancel)
                 })
