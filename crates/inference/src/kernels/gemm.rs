@@ -1,0 +1,359 @@
+//! Products of matrices: one operand is usually a tile of weights.
+//!
+//! Responsible for: cutting a product into the parts that [`micro`](super::micro) computes, so that what a part reads
+//! again is in a near cache; and for choosing between the ways through it.
+//!
+//! | case | way |
+//! | --- | --- |
+//! | up to [`LINE_MAX`] rows, `b` row-major | lines: `b` is read once or twice, along its rows; wide ones by sweeps of 8 rows |
+//! | few rows or few columns, both operands contiguous along k | dot products |
+//! | `b` row-major | blocks of 6 rows by 4 vectors, straight from where `b` lies |
+//! | `b` otherwise, or its rows a page apart | the same, from a copy of a piece of `b` in the thread's scratch |
+//!
+//! Invariants: bounds are checked once, here; nothing is allocated but the scratch, once a thread.
+#![allow(unsafe_code)] // Hands checked bounds to kernels that work by pointer.
+
+use super::micro::{DOTS, Isa, LINE_ROWS, LINE_VECTORS, Part, ROWS, SWEEP, VECTORS, isa};
+use std::cell::RefCell;
+
+/// Steps of k that are taken at a time: a piece of `b` as wide as a block stays in L1 or near it.
+const STEPS: usize = 256;
+/// Rows of `a` that are taken at a time: with [`STEPS`] columns, a quarter of a megabyte.
+const A_ROWS: usize = 240;
+/// Columns of `b` that are copied at a time.
+const COPIED: usize = 512;
+/// Most rows that lines are taken for: the time is that of reading `b`.
+const LINE_MAX: usize = 6;
+/// Wider rows than this are swept: a line would touch a new page for each of its steps.
+const LINE_WIDTH: usize = 256;
+/// Most rows, or columns, of dot products.
+const DOTS_MAX: usize = 4;
+/// Rows of `b` at least this many elements apart are copied before many rows of `a` are multiplied with them: the same
+/// column of them falls into few sets of the cache, and into as many pages as there are rows.
+const FAR: usize = 512;
+
+/// A matrix in memory: element (row, column) is `data[row * row_stride + column * col_stride]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Operand<'a> {
+    /// The elements.
+    pub data: &'a [f32],
+    /// Elements from one row to the next.
+    pub row_stride: usize,
+    /// Elements from one column to the next.
+    pub col_stride: usize,
+}
+
+impl<'a> Operand<'a> {
+    /// A matrix whose rows are contiguous and `row_stride` elements apart.
+    pub fn row_major(data: &'a [f32], row_stride: usize) -> Operand<'a> {
+        Operand { data, row_stride, col_stride: 1 }
+    }
+
+    /// The transpose of the matrix whose rows are contiguous and `row_stride` elements apart.
+    pub fn transposed(data: &'a [f32], row_stride: usize) -> Operand<'a> {
+        Operand { data, row_stride: 1, col_stride: row_stride }
+    }
+
+    fn holds(&self, rows: usize, cols: usize) -> bool {
+        let last = |count: usize, stride: usize| (count - 1).checked_mul(stride);
+        let end = || last(rows, self.row_stride)?.checked_add(last(cols, self.col_stride)?);
+        end().is_some_and(|end| end < self.data.len())
+    }
+}
+
+/// `out (m x n) = a (m x k) b (k x n)`, or `+=` with `accumulate`. The rows of `out` are contiguous and `out_stride`
+/// elements apart; what lies between them is left alone.
+///
+/// # Panics
+/// If an operand or `out` does not hold the elements that the sizes name, or rows of `out` overlap.
+#[allow(clippy::too_many_arguments)] // BLAS's words, in BLAS's order.
+pub fn product(
+    out: &mut [f32],
+    out_stride: usize,
+    m: usize,
+    n: usize,
+    k: usize,
+    a: Operand<'_>,
+    b: Operand<'_>,
+    accumulate: bool,
+) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    let end = (m - 1).checked_mul(out_stride).and_then(|start| start.checked_add(n));
+    assert!(end.is_some_and(|end| end <= out.len()), "the output of a product does not hold its elements");
+    assert!(m == 1 || out_stride >= n, "rows of the output of a product overlap");
+    if k == 0 {
+        if !accumulate {
+            out.chunks_mut(out_stride.max(n)).take(m).for_each(|row| row[..n].fill(0.0));
+        }
+        return;
+    }
+    assert!(a.holds(m, k) && b.holds(k, n), "an operand of a product does not hold its elements");
+    let whole = Part {
+        k,
+        a: a.data.as_ptr(),
+        a_row: a.row_stride,
+        a_col: a.col_stride,
+        b: b.data.as_ptr(),
+        b_row: b.row_stride,
+        out: out.as_mut_ptr(),
+        out_row: out_stride,
+        columns: n,
+        accumulate,
+    };
+    let isa = isa();
+    let along_k = (a.col_stride == 1 || k == 1) && (b.row_stride == 1 || k == 1);
+    let row_major = b.col_stride == 1 || n == 1;
+    // SAFETY: all elements that `whole` names were found to be there, and each way stays within them; the output is
+    // borrowed exclusively; `isa` is of this processor.
+    unsafe {
+        if along_k && (n <= DOTS_MAX || (!row_major && m <= DOTS_MAX)) {
+            dots(isa, m, Part { b_row: b.col_stride, ..whole });
+        } else if row_major && m <= LINE_MAX {
+            lines(isa, m, whole);
+        } else {
+            blocks(isa, m, whole, b.col_stride);
+        }
+    }
+}
+
+/// # Safety
+/// The elements of `whole` are there for `m` rows.
+unsafe fn dots(isa: &Isa, m: usize, whole: Part) {
+    let (rows, columns) = DOTS;
+    for column in (0..whole.columns).step_by(columns) {
+        let count = columns.min(whole.columns - column);
+        for row in (0..m).step_by(rows) {
+            let height = rows.min(m - row);
+            // SAFETY: rows and columns of the product; `wrapping_add` because a matrix of one row may have any stride.
+            unsafe {
+                (isa.dots[height - 1][count - 1])(&Part {
+                    a: whole.a.wrapping_add(row * whole.a_row),
+                    b: whole.b.wrapping_add(column * whole.b_row),
+                    out: whole.out.add(row * whole.out_row + column),
+                    columns: count,
+                    ..whole
+                });
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As for [`dots`].
+unsafe fn lines(isa: &Isa, m: usize, whole: Part) {
+    let (mut start, mut accumulate) = (0, whole.accumulate);
+    if m == 1 && whole.columns > LINE_WIDTH {
+        while start + SWEEP <= whole.k {
+            // SAFETY: steps start..start + SWEEP of the product.
+            unsafe {
+                (isa.sweep)(&Part {
+                    k: SWEEP,
+                    a: whole.a.wrapping_add(start * whole.a_col),
+                    b: whole.b.add(start * whole.b_row),
+                    accumulate,
+                    ..whole
+                });
+            }
+            start += SWEEP;
+            accumulate = true;
+        }
+        if start == whole.k {
+            return;
+        }
+    }
+    let heights = m.div_ceil(LINE_ROWS);
+    let width = LINE_VECTORS * isa.lanes;
+    // Steps in the outer loop: with several passes over `b`, the later ones find it in the cache.
+    for first in (start..whole.k).step_by(STEPS) {
+        let k = STEPS.min(whole.k - first);
+        for column in (0..whole.columns).step_by(width) {
+            let columns = width.min(whole.columns - column);
+            let mut row = 0;
+            for part in 0..heights {
+                let height = (m - row).div_ceil(heights - part);
+                // SAFETY: a piece of the product.
+                unsafe {
+                    (isa.lines[height - 1][columns.div_ceil(isa.lanes) - 1])(&Part {
+                        k,
+                        a: whole.a.wrapping_add(row * whole.a_row + first * whole.a_col),
+                        b: whole.b.add(first * whole.b_row + column),
+                        out: whole.out.add(row * whole.out_row + column),
+                        columns,
+                        accumulate: accumulate || first > start,
+                        ..whole
+                    });
+                }
+                row += height;
+            }
+        }
+    }
+}
+
+thread_local! {
+    /// A piece of an operand in the order in which it is read.
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// # Safety
+/// As for [`dots`]; the columns of `b` are `b_col` elements apart.
+unsafe fn blocks(isa: &Isa, m: usize, whole: Part, b_col: usize) {
+    let copy = b_col != 1 || (whole.b_row >= FAR && m >= 4 * ROWS);
+    if !copy {
+        // SAFETY: the whole product.
+        unsafe { panels(isa, m, whole) };
+        return;
+    }
+    let width = VECTORS * isa.lanes;
+    SCRATCH.with_borrow_mut(|scratch| {
+        if scratch.len() < STEPS * COPIED {
+            scratch.resize(STEPS * COPIED, 0.0);
+        }
+        for first in (0..whole.k).step_by(STEPS) {
+            let k = STEPS.min(whole.k - first);
+            for column in (0..whole.columns).step_by(COPIED) {
+                let columns = COPIED.min(whole.columns - column);
+                for (panel, at) in (0..columns).step_by(width).enumerate() {
+                    let count = width.min(columns - at);
+                    let to = &mut scratch[panel * width * k..][..width * k];
+                    // SAFETY: a piece of `b`.
+                    unsafe {
+                        let from = whole.b.add(first * whole.b_row + (column + at) * b_col);
+                        copy_panel(to, width, k, count, from, whole.b_row, b_col);
+                    }
+                }
+                for row in (0..m).step_by(A_ROWS) {
+                    let rows = A_ROWS.min(m - row);
+                    for (panel, at) in (0..columns).step_by(width).enumerate() {
+                        // SAFETY: a piece of the product, and the copy that was just made.
+                        unsafe {
+                            panel_of_rows(
+                                isa,
+                                rows,
+                                Part {
+                                    k,
+                                    a: whole.a.wrapping_add(row * whole.a_row + first * whole.a_col),
+                                    b: scratch[panel * width * k..].as_ptr(),
+                                    b_row: width,
+                                    out: whole.out.add(row * whole.out_row + column + at),
+                                    columns: width.min(columns - at),
+                                    accumulate: whole.accumulate || first > 0,
+                                    ..whole
+                                },
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// All blocks, `b` being read where it lies.
+///
+/// # Safety
+/// As for [`dots`].
+unsafe fn panels(isa: &Isa, m: usize, whole: Part) {
+    let width = VECTORS * isa.lanes;
+    for first in (0..whole.k).step_by(STEPS) {
+        let k = STEPS.min(whole.k - first);
+        for row in (0..m).step_by(A_ROWS) {
+            let rows = A_ROWS.min(m - row);
+            for column in (0..whole.columns).step_by(width) {
+                // SAFETY: a piece of the product.
+                unsafe {
+                    panel_of_rows(
+                        isa,
+                        rows,
+                        Part {
+                            k,
+                            a: whole.a.wrapping_add(row * whole.a_row + first * whole.a_col),
+                            b: whole.b.add(first * whole.b_row + column),
+                            out: whole.out.add(row * whole.out_row + column),
+                            columns: width.min(whole.columns - column),
+                            accumulate: whole.accumulate || first > 0,
+                            ..whole
+                        },
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// One panel of `b`, as wide as a block, with all rows of `a`.
+///
+/// # Safety
+/// As for [`dots`].
+unsafe fn panel_of_rows(isa: &Isa, m: usize, whole: Part) {
+    let vectors = whole.columns.div_ceil(isa.lanes);
+    let heights = m.div_ceil(ROWS);
+    let mut row = 0;
+    for part in 0..heights {
+        // As even as can be: one row alone would be slow.
+        let height = (m - row).div_ceil(heights - part);
+        // SAFETY: a piece of the product.
+        unsafe {
+            (isa.blocks[height - 1][vectors - 1])(&Part {
+                a: whole.a.wrapping_add(row * whole.a_row),
+                out: whole.out.add(row * whole.out_row),
+                ..whole
+            });
+        }
+        row += height;
+    }
+}
+
+/// Copies `k` rows of `count` columns, to rows that are `width` apart.
+///
+/// # Safety
+/// The elements are there, by these strides.
+unsafe fn copy_panel(
+    to: &mut [f32],
+    width: usize,
+    k: usize,
+    count: usize,
+    from: *const f32,
+    row_stride: usize,
+    col_stride: usize,
+) {
+    if col_stride == 1 {
+        for (step, line) in to.chunks_exact_mut(width).take(k).enumerate() {
+            // SAFETY: `count` contiguous elements of this row.
+            line[..count].copy_from_slice(unsafe { std::slice::from_raw_parts(from.add(step * row_stride), count) });
+        }
+        return;
+    }
+    // Squares, so that neither side leaves the lines of the cache that it has touched.
+    const EDGE: usize = 8;
+    for step in (0..k).step_by(EDGE) {
+        let steps = EDGE.min(k - step);
+        for column in (0..count).step_by(EDGE) {
+            let columns = EDGE.min(count - column);
+            // SAFETY: elements of the piece.
+            unsafe {
+                let start = from.add(step * row_stride + column * col_stride);
+                if row_stride == 1 && steps == EDGE && columns == EDGE {
+                    let lines: [[f32; EDGE]; EDGE] = std::array::from_fn(|column| {
+                        start.add(column * col_stride).cast::<[f32; EDGE]>().read_unaligned()
+                    });
+                    for row in 0..EDGE {
+                        let line: [f32; EDGE] = std::array::from_fn(|column| lines[column][row]);
+                        to[(step + row) * width + column..][..EDGE].copy_from_slice(&line);
+                    }
+                } else {
+                    for row in 0..steps {
+                        for place in 0..columns {
+                            to[(step + row) * width + column + place] = *start.add(row * row_stride + place * col_stride);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "gemm_tests.rs"]
+mod tests;

@@ -1,0 +1,122 @@
+use super::*;
+use crate::kernels::tests::{Random, close};
+
+fn reference(out: &mut [f32], stride: usize, (m, n, k): (usize, usize, usize), a: Operand, b: Operand, accumulate: bool) {
+    for row in 0..m {
+        for column in 0..n {
+            let at = |step: usize| {
+                let left = a.data[row * a.row_stride + step * a.col_stride];
+                f64::from(left) * f64::from(b.data[step * b.row_stride + column * b.col_stride])
+            };
+            let sum: f64 = (0..k).map(at).sum();
+            let place = &mut out[row * stride + column];
+            *place = sum as f32 + if accumulate { *place } else { 0.0 };
+        }
+    }
+}
+
+/// A matrix with a stride that may be wider than it must be, exactly as long as it must be.
+fn operand(random: &mut Random, rows: usize, cols: usize) -> (Vec<f32>, usize, usize) {
+    let slack = random.below(2) * random.below(40);
+    let (row_stride, col_stride) = match random.below(5) {
+        0 | 1 => (cols + slack, 1),
+        2 | 3 => (1, rows + slack),
+        _ => (cols * 3 + slack, 2),
+    };
+    let len = if rows == 0 || cols == 0 { 0 } else { (rows - 1) * row_stride + (cols - 1) * col_stride + 1 };
+    (random.values(len), row_stride, col_stride)
+}
+
+#[test]
+fn products_of_random_shapes_are_those_of_the_definition() {
+    let mut random = Random::new(7);
+    let sizes = [0, 1, 2, 3, 4, 5, 6, 7, 8, 13, 16, 17, 28, 31, 48, 63, 64, 65, 100, 128, 129, 200, 260, 530];
+    for round in 0..1500 {
+        let mut size = || sizes[random.below(sizes.len())];
+        let (m, n, k) = (size(), size(), size());
+        if m * n * k > 4_000_000 {
+            continue;
+        }
+        let (a, a_row, a_col) = operand(&mut random, m, k);
+        let (b, b_row, b_col) = operand(&mut random, k, n);
+        let a = Operand { data: &a, row_stride: a_row, col_stride: a_col };
+        let b = Operand { data: &b, row_stride: b_row, col_stride: b_col };
+        let stride = n + random.below(2) * random.below(9);
+        let len = if m == 0 || n == 0 { 0 } else { (m - 1) * stride + n };
+        let mut out = random.values(len);
+        let mut expected = out.clone();
+        let accumulate = random.below(2) == 0;
+        product(&mut out, stride, m, n, k, a, b, accumulate);
+        reference(&mut expected, stride, (m, n, k), a, b, accumulate);
+        close(&out, &expected, 1e-5 * k as f32 + 1e-6, &format!("round {round}: {m} x {n} x {k}, {a_row} {a_col} {b_row} {b_col}"));
+    }
+}
+
+#[test]
+fn every_level_of_this_processor_computes_the_same() {
+    let mut random = Random::new(11);
+    for isa in crate::kernels::micro::all() {
+        for (m, n, k) in [(1, 300, 20), (2, 130, 300), (5, 70, 9), (7, 65, 33), (40, 129, 260), (3, 3, 77)] {
+            let (a, b) = (random.values(m * k), random.values(k * n));
+            let (left, right) = (Operand::row_major(&a, k), Operand::row_major(&b, n));
+            let mut expected = vec![0.0; m * n];
+            reference(&mut expected, n, (m, n, k), left, right, false);
+            for way in 0..2 {
+                let mut out = vec![0.0; m * n];
+                let part = Part {
+                    k,
+                    a: a.as_ptr(),
+                    a_row: k,
+                    a_col: 1,
+                    b: b.as_ptr(),
+                    b_row: n,
+                    out: out.as_mut_ptr(),
+                    out_row: n,
+                    columns: n,
+                    accumulate: false,
+                };
+                // SAFETY: the vectors hold what the part names.
+                unsafe {
+                    match way {
+                        0 if m <= LINE_MAX => lines(isa, m, part),
+                        _ => blocks(isa, m, part, 1),
+                    }
+                }
+                close(&out, &expected, 1e-5 * k as f32, &format!("{m} x {n} x {k}, {} lanes", isa.lanes));
+            }
+            let turned: Vec<f32> = (0..n * k).map(|at| b[at % k * n + at / k]).collect();
+            let mut out = vec![0.0; m * n];
+            let part = Part {
+                k,
+                a: a.as_ptr(),
+                a_row: k,
+                a_col: 1,
+                b: turned.as_ptr(),
+                b_row: k,
+                out: out.as_mut_ptr(),
+                out_row: n,
+                columns: n,
+                accumulate: false,
+            };
+            // SAFETY: as above.
+            unsafe { dots(isa, m, part) };
+            close(&out, &expected, 1e-5 * k as f32, &format!("dots of {m} x {n} x {k}, {} lanes", isa.lanes));
+        }
+    }
+}
+
+#[test]
+fn infinities_of_one_column_stay_there() {
+    let (a, mut b) = (vec![1.0; 17], vec![1.0; 17 * 300]);
+    b[5] = f32::INFINITY;
+    let mut out = vec![0.0; 300];
+    product(&mut out, 300, 1, 300, 17, Operand::row_major(&a, 17), Operand::row_major(&b, 300), false);
+    assert!(out.iter().enumerate().all(|(column, &value)| value == if column == 5 { f32::INFINITY } else { 17.0 }));
+}
+
+#[test]
+#[should_panic(expected = "does not hold")]
+fn short_operands_are_noticed() {
+    let mut out = vec![0.0; 6];
+    product(&mut out, 3, 2, 3, 4, Operand::row_major(&[0.0; 8], 4), Operand::row_major(&[0.0; 11], 3), false);
+}

@@ -1,0 +1,274 @@
+//! Vectors of float32 as wide as the processor has them.
+//!
+//! Responsible for: the few operations that the kernels are written in, for AVX-512, AVX2 with FMA, and for what every
+//! processor has; and for telling which of them this processor runs ([`level`]).
+//!
+//! Invariant: a function that is generic over [`Lanes`] is inlined into one that carries the target features of the
+//! type, and that one is called only where [`level`] allows it.
+#![allow(unsafe_code)] // Vector instructions beyond the baseline of the target, and loads by pointer.
+
+use std::sync::OnceLock;
+
+/// What this processor runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Level {
+    /// The baseline of the target: SSE2 on x86-64, NEON on aarch64.
+    Base,
+    /// AVX2 and FMA.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// AVX-512F, DQ and VL.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+/// The widest level that this processor has.
+pub(super) fn level() -> Level {
+    static LEVEL: OnceLock<Level> = OnceLock::new();
+    *LEVEL.get_or_init(|| {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            let wide = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl");
+            if avx2 && wide {
+                return Level::Avx512;
+            }
+            if avx2 {
+                return Level::Avx2;
+            }
+        }
+        Level::Base
+    })
+}
+
+/// A vector of float32.
+///
+/// Every function needs the processor's features of the type; loads and stores need as many elements behind the
+/// pointer as they move, at any alignment.
+pub(super) trait Lanes: Copy {
+    /// Elements.
+    const WIDTH: usize;
+    unsafe fn splat(value: f32) -> Self;
+    unsafe fn load(from: *const f32) -> Self;
+    /// The first `count` elements, then zeros; `count` is in `1..=WIDTH`.
+    unsafe fn load_some(from: *const f32, count: usize) -> Self;
+    unsafe fn store(self, to: *mut f32);
+    unsafe fn store_some(self, to: *mut f32, count: usize);
+    unsafe fn add(self, other: Self) -> Self;
+    /// `self * factor + term`.
+    unsafe fn fma(self, factor: Self, term: Self) -> Self;
+    /// The sum of the elements.
+    unsafe fn sum(self) -> f32;
+}
+
+/// Four elements, in what the compiler makes of an array.
+#[derive(Clone, Copy)]
+#[repr(align(16))]
+pub(super) struct Four([f32; 4]);
+
+// SAFETY of the bodies below: the caller's promise of the trait; no special features are used here.
+impl Lanes for Four {
+    const WIDTH: usize = 4;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Four {
+        Four([value; 4])
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Four {
+        // SAFETY: four elements lie there; the read needs no alignment.
+        Four(unsafe { from.cast::<[f32; 4]>().read_unaligned() })
+    }
+
+    #[inline(always)]
+    unsafe fn load_some(from: *const f32, count: usize) -> Four {
+        let mut values = [0.0; 4];
+        for (place, value) in values.iter_mut().enumerate().take(count) {
+            // SAFETY: `count` elements lie there.
+            *value = unsafe { *from.add(place) };
+        }
+        Four(values)
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: there is room for four elements; the write needs no alignment.
+        unsafe { to.cast::<[f32; 4]>().write_unaligned(self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_some(self, to: *mut f32, count: usize) {
+        for (place, value) in self.0.iter().enumerate().take(count) {
+            // SAFETY: there is room for `count` elements.
+            unsafe { *to.add(place) = *value }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, other: Four) -> Four {
+        Four(std::array::from_fn(|lane| self.0[lane] + other.0[lane]))
+    }
+
+    #[inline(always)]
+    unsafe fn fma(self, factor: Four, term: Four) -> Four {
+        // Where the baseline has no fused instruction, `mul_add` would be a call of a function.
+        Four(std::array::from_fn(|lane| {
+            if cfg!(target_arch = "aarch64") {
+                self.0[lane].mul_add(factor.0[lane], term.0[lane])
+            } else {
+                self.0[lane] * factor.0[lane] + term.0[lane]
+            }
+        }))
+    }
+
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        (self.0[0] + self.0[2]) + (self.0[1] + self.0[3])
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86::{Eight, Sixteen};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::Lanes;
+    use std::arch::x86_64::*;
+
+    /// Eight elements: AVX2 and FMA.
+    #[derive(Clone, Copy)]
+    pub struct Eight(__m256);
+
+    /// The mask of the first `count` of eight elements.
+    #[inline(always)]
+    unsafe fn first_of_eight(count: usize) -> __m256i {
+        // SAFETY: AVX2 is there.
+        unsafe {
+            let places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            _mm256_cmpgt_epi32(_mm256_set1_epi32(count as i32), places)
+        }
+    }
+
+    // SAFETY of the bodies below: the features are there and the pointers have the elements behind them, as the trait
+    // demands of its callers. Masked-out elements are not touched.
+    impl Lanes for Eight {
+        const WIDTH: usize = 8;
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Eight {
+            // SAFETY: as above.
+            Eight(unsafe { _mm256_set1_ps(value) })
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Eight {
+            // SAFETY: as above.
+            Eight(unsafe { _mm256_loadu_ps(from) })
+        }
+
+        #[inline(always)]
+        unsafe fn load_some(from: *const f32, count: usize) -> Eight {
+            // SAFETY: as above.
+            Eight(unsafe { _mm256_maskload_ps(from, first_of_eight(count)) })
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            // SAFETY: as above.
+            unsafe { _mm256_storeu_ps(to, self.0) }
+        }
+
+        #[inline(always)]
+        unsafe fn store_some(self, to: *mut f32, count: usize) {
+            // SAFETY: as above.
+            unsafe { _mm256_maskstore_ps(to, first_of_eight(count), self.0) }
+        }
+
+        #[inline(always)]
+        unsafe fn add(self, other: Eight) -> Eight {
+            // SAFETY: as above.
+            Eight(unsafe { _mm256_add_ps(self.0, other.0) })
+        }
+
+        #[inline(always)]
+        unsafe fn fma(self, factor: Eight, term: Eight) -> Eight {
+            // SAFETY: as above.
+            Eight(unsafe { _mm256_fmadd_ps(self.0, factor.0, term.0) })
+        }
+
+        #[inline(always)]
+        unsafe fn sum(self) -> f32 {
+            // SAFETY: as above.
+            unsafe {
+                let four = _mm_add_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0));
+                let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+                _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+            }
+        }
+    }
+
+    /// Sixteen elements: AVX-512F.
+    #[derive(Clone, Copy)]
+    pub struct Sixteen(__m512);
+
+    #[inline(always)]
+    fn first_of_sixteen(count: usize) -> __mmask16 {
+        ((1u32 << count) - 1) as __mmask16
+    }
+
+    // SAFETY of the bodies below: as for `Eight`.
+    impl Lanes for Sixteen {
+        const WIDTH: usize = 16;
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Sixteen {
+            // SAFETY: as above.
+            Sixteen(unsafe { _mm512_set1_ps(value) })
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Sixteen {
+            // SAFETY: as above.
+            Sixteen(unsafe { _mm512_loadu_ps(from) })
+        }
+
+        #[inline(always)]
+        unsafe fn load_some(from: *const f32, count: usize) -> Sixteen {
+            // SAFETY: as above.
+            Sixteen(unsafe { _mm512_maskz_loadu_ps(first_of_sixteen(count), from) })
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            // SAFETY: as above.
+            unsafe { _mm512_storeu_ps(to, self.0) }
+        }
+
+        #[inline(always)]
+        unsafe fn store_some(self, to: *mut f32, count: usize) {
+            // SAFETY: as above.
+            unsafe { _mm512_mask_storeu_ps(to, first_of_sixteen(count), self.0) }
+        }
+
+        #[inline(always)]
+        unsafe fn add(self, other: Sixteen) -> Sixteen {
+            // SAFETY: as above.
+            Sixteen(unsafe { _mm512_add_ps(self.0, other.0) })
+        }
+
+        #[inline(always)]
+        unsafe fn fma(self, factor: Sixteen, term: Sixteen) -> Sixteen {
+            // SAFETY: as above.
+            Sixteen(unsafe { _mm512_fmadd_ps(self.0, factor.0, term.0) })
+        }
+
+        #[inline(always)]
+        unsafe fn sum(self) -> f32 {
+            // SAFETY: as above.
+            unsafe { _mm512_reduce_add_ps(self.0) }
+        }
+    }
+}

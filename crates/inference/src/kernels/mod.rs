@@ -1,0 +1,18 @@
+//! Kernels: the arithmetic of block operators on slices of float32, on one thread.
+//!
+//! Responsible for: products of matrices ([`gemm`]) and what is applied to them afterwards ([`epilogue`]), for any
+//! processor of the target's family: the widest vectors are chosen when the process first computes.
+//!
+//! Invariants:
+//! - no kernel knows where its operands lie, or of tract;
+//! - a result depends on the processor only by rounding: sums are formed in another order;
+//! - `unsafe` is confined to [`lanes`], [`micro`], [`gemm`] and [`epilogue`], behind functions that check what they are
+//!   given once.
+
+pub mod epilogue;
+pub mod gemm;
+mod lanes;
+mod micro;
+
+#[cfg(test)]
+pub(crate) mod tests;
