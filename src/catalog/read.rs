@@ -37,7 +37,7 @@ pub struct TensorRow {
     pub block_bytes: usize,
 }
 
-fn relation(name: &CStr) -> pg_sys::Oid {
+pub(super) fn relation(name: &CStr) -> pg_sys::Oid {
     relation_oid(SCHEMA, name).unwrap_or_else(|| {
         error::raise(
             PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE,
@@ -48,7 +48,7 @@ fn relation(name: &CStr) -> pg_sys::Oid {
     })
 }
 
-fn damaged(what: &str) -> ! {
+pub(super) fn damaged(what: &str) -> ! {
     error::raise(
         PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
         format!("the tables of pg_tessera are damaged: {what}"),
@@ -172,10 +172,16 @@ pub fn dims_of(dims: &[u64]) -> Vec<i64> {
     dims.iter().map(|&d| d as i64).collect()
 }
 
+impl TensorRow {
+    /// How the tensor is cut into blocks.
+    pub fn tiling(&self) -> Tiling {
+        Tiling::new(&self.dims, self.view, self.dtype, self.block_bytes).unwrap_or_else(|e| damaged(&e.to_string()))
+    }
+}
+
 /// Appends a tensor's elements to `out`, put together from its blocks.
 pub fn read_tensor(tensor: &TensorRow, out: &mut Vec<u8>) {
-    let tiling = Tiling::new(&tensor.dims, tensor.view, tensor.dtype, tensor.block_bytes)
-        .unwrap_or_else(|e| damaged(&e.to_string()));
+    let tiling = tensor.tiling();
     let start = out.len();
     out.resize(start + tiling.byte_len(), 0);
     let mut blocks = 0u64;

@@ -128,8 +128,10 @@ fn run(plan: &Arc<Plan>, inputs: Vec<(String, HostTensor)>) -> Vec<(String, Host
         compute::start();
         let (plan, memory) = (plan.clone(), plan.memory_bytes());
         let shared = plan.clone();
-        let result =
-            inference::worker::run_interruptible(move |cancel, _| plan.run(inputs, cancel), &mut interrupt::should_stop);
+        let result = inference::worker::run_interruptible(
+            move |cancel, _| plan.run(inputs, cancel),
+            &mut interrupt::should_stop,
+        );
         if shared.memory_bytes() != memory {
             shrink();
         }

@@ -195,7 +195,9 @@ where
 
 /// Waits until no job is on the thread, but not longer than `limit`. True if there is none.
 pub fn wait_idle(limit: Duration) -> bool {
-    let Some((_, worker)) = lock(&WORKER).clone().filter(|(owner, _)| *owner == std::process::id()) else { return true };
+    let Some((_, worker)) = lock(&WORKER).clone().filter(|(owner, _)| *owner == std::process::id()) else {
+        return true;
+    };
     let desk = lock(&worker.desk);
     let waited = worker.job_ended.wait_timeout_while(desk, limit, |desk| desk.busy);
     !waited.unwrap_or_else(PoisonError::into_inner).0.busy

@@ -63,6 +63,9 @@ pub enum BlockError {
 }
 
 impl<'a> Block<'a> {
+    /// Bytes of the binary form before the elements, for a block of two dimensions.
+    pub const HEAD_OF_MATRIX: usize = HEAD + 2 * 4;
+
     /// A block of `data`: row-major little-endian elements of `dtype` in `shape`.
     pub fn new(
         dtype: DType,

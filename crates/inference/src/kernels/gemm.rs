@@ -345,7 +345,8 @@ unsafe fn copy_panel(
                 } else {
                     for row in 0..steps {
                         for place in 0..columns {
-                            to[(step + row) * width + column + place] = *start.add(row * row_stride + place * col_stride);
+                            to[(step + row) * width + column + place] =
+                                *start.add(row * row_stride + place * col_stride);
                         }
                     }
                 }

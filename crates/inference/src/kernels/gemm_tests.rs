@@ -1,7 +1,14 @@
 use super::*;
 use crate::kernels::tests::{Random, close};
 
-fn reference(out: &mut [f32], stride: usize, (m, n, k): (usize, usize, usize), a: Operand, b: Operand, accumulate: bool) {
+fn reference(
+    out: &mut [f32],
+    stride: usize,
+    (m, n, k): (usize, usize, usize),
+    a: Operand,
+    b: Operand,
+    accumulate: bool,
+) {
     for row in 0..m {
         for column in 0..n {
             let at = |step: usize| {
@@ -48,7 +55,12 @@ fn products_of_random_shapes_are_those_of_the_definition() {
         let accumulate = random.below(2) == 0;
         product(&mut out, stride, m, n, k, a, b, accumulate);
         reference(&mut expected, stride, (m, n, k), a, b, accumulate);
-        close(&out, &expected, 1e-5 * k as f32 + 1e-6, &format!("round {round}: {m} x {n} x {k}, {a_row} {a_col} {b_row} {b_col}"));
+        close(
+            &out,
+            &expected,
+            1e-5 * k as f32 + 1e-6,
+            &format!("round {round}: {m} x {n} x {k}, {a_row} {a_col} {b_row} {b_col}"),
+        );
     }
 }
 

@@ -13,9 +13,9 @@
 //! ```
 #![allow(unsafe_code)] // Operands by pointer: their bounds were checked for the whole product (gemm.rs).
 
-use super::lanes::{Four, Lanes, Level, level};
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Eight, Sixteen};
+use super::lanes::{Four, Lanes, Level, level};
 
 /// Most rows of a block.
 pub(super) const ROWS: usize = 6;

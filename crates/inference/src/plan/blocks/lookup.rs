@@ -17,12 +17,11 @@ pub(super) struct BlockLookup {
 /// The operator for a Gather of this view, if the gathered axis is the one whose numbers count the matrix's rows.
 pub(super) fn lookup(gather: &Gather, tensor: &StoredTensor, view: &StoredView) -> Option<BlockLookup> {
     let (rows, _) = matrix_axes(tensor)?;
-    let plain =
-        view.axes.len() == tensor.dims.len() && view.axes.iter().enumerate().all(|(at, axis)| *axis == Some(at));
     // Row 0 of a table of one row has no axis that walks it.
-    let by_first = rows.iter().all(|&axis| axis == 0) && tensor.tiling.rows() == tensor.dims[0] as u64;
+    let by_first =
+        rows.iter().all(|&axis| axis == 0 || tensor.dims[axis] == 1) && tensor.tiling.rows() == tensor.dims[0] as u64;
     let output = gather.output_type.is_none_or(|wanted| Some(wanted) == engine_of_dtype(tensor.dtype()));
-    (plain && by_first && gather.axis == 0 && output && tensor.tiling.dtype().byte_width().is_some())
+    (view.is_plain() && by_first && gather.axis == 0 && output && tensor.tiling.dtype().byte_width().is_some())
         .then(|| BlockLookup { tensor: tensor.clone() })
 }
 

@@ -6,6 +6,7 @@
 //!
 //! Invariant: no [`StoredConst`] is left in a graph that runs.
 
+mod fuse;
 mod lookup;
 mod product;
 mod view;
@@ -110,6 +111,7 @@ pub(super) fn replace(model: &mut TypedModel) -> TractResult<BTreeSet<u32>> {
         }
     }
     if inline.is_empty() {
+        fuse::fuse(model)?;
         model.compact()?;
         if let Some(node) = model.nodes.iter().find(|node| node.op_is::<StoredConst>()) {
             bail!("a stored tensor is left: {}", node.name);

@@ -9,19 +9,19 @@
 
 use super::carry;
 use super::lookup::short_block;
-use super::view::{StoredView, matrix_axes};
+use super::view::{Part, StoredView, matrix_axes};
+use crate::kernels::epilogue::{self, Activation, Bias};
+use crate::kernels::gemm::{self, Operand};
 use crate::weights::{StoredTensor, for_each_block};
 use tensor_blocks::DType;
 use tract_onnx::tract_core::ops::einsum::EinSum;
 use tract_onnx::tract_hir::internal::*;
-use tract_onnx::tract_hir::tract_ndarray::linalg::general_mat_mul;
-use tract_onnx::tract_hir::tract_ndarray::{ArrayView2, ArrayViewMut2, s};
 
 /// Bytes of output that are summed up at a time: about an L2 cache.
 const OUTPUT_BYTES: usize = 1 << 20;
 
 /// The product of an input with a stored matrix.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct BlockProduct {
     pub tensor: StoredTensor,
     /// True where the matrix's rows are the output's columns: out = x * matrix^T.
@@ -34,7 +34,13 @@ pub(super) struct BlockProduct {
     pub columns: TVec<usize>,
     /// For each axis of the output, its place in M's axes followed by N's; none for an axis of size 1.
     pub output_order: TVec<Option<usize>>,
+    /// N values that are added to each row.
+    pub bias: Option<Arc<Tensor>>,
+    /// Applied to what is then there.
+    pub activation: Activation,
 }
+
+impl Eq for BlockProduct {}
 
 /// The operator for `einsum` whose input `slot` is a view of a stored tensor, the other one being of this fact.
 pub(super) fn product(
@@ -53,7 +59,8 @@ pub(super) fn product(
     }
     let (rows, cols) = matrix_axes(tensor)?;
     // Axes of the input that are summed over, with the stored axis of each; axes of N likewise, with the output's axis.
-    let (mut summed, mut kept): (TVec<(usize, usize)>, TVec<(usize, usize)>) = (tvec!(), tvec!());
+    let (mut summed, mut kept): (TVec<(usize, Part)>, TVec<(usize, Part)>) = (tvec!(), tvec!());
+    let mut columns: TVec<(Part, usize)> = tvec!();
     let mut leading: TVec<(usize, usize)> = tvec!();
     let mut units: TVec<usize> = tvec!();
     for axis in einsum.axes.iter_all_axes() {
@@ -62,11 +69,14 @@ pub(super) fn product(
             return None;
         }
         // An axis of size 1 of the stored tensor is none.
-        let stored = ours.first().filter(|&&at| view.size(at) != 1).map(|&at| view.axes[at]);
+        let stored = ours.first().filter(|&&at| view.size(at) != 1).map(|&at| (view.part(at), view.size(at)));
         let one = |at: usize| input.shape[at].is_one();
         match (stored, theirs.first(), out.first()) {
-            (Some(stored), Some(&theirs), None) if !one(theirs) => summed.push((theirs, stored?)),
-            (Some(stored), None, Some(&out)) => kept.push((out, stored?)),
+            (Some((stored, _)), Some(&theirs), None) if !one(theirs) => summed.push((theirs, stored?)),
+            (Some((stored, size)), None, Some(&out)) => {
+                kept.push((out, stored?));
+                columns.push((stored?, size));
+            }
             (None, Some(&theirs), Some(&out)) => leading.push((theirs, out)),
             (None, Some(&theirs), None) if one(theirs) => leading.push((theirs, usize::MAX)),
             (None, None, Some(&out)) => units.push(out),
@@ -76,7 +86,9 @@ pub(super) fn product(
     }
     summed.sort_by_key(|&(_, stored)| stored);
     kept.sort_by_key(|&(_, stored)| stored);
-    let stored_of = |pairs: &TVec<(usize, usize)>| pairs.iter().map(|&(_, stored)| stored).collect::<TVec<_>>();
+    columns.sort_by_key(|&(stored, _)| stored);
+    let stored_of = |pairs: &TVec<(usize, Part)>| pairs.iter().map(|&(_, stored)| stored).collect::<TVec<_>>();
+    let (rows, cols) = (view.parts_of(&rows), view.parts_of(&cols));
     let transposed = match (stored_of(&summed), stored_of(&kept)) {
         (k, n) if k == rows && n == cols => false,
         (k, n) if k == cols && n == rows => true,
@@ -95,10 +107,16 @@ pub(super) fn product(
     Some(BlockProduct {
         tensor: tensor.clone(),
         transposed,
-        input_order: leading.iter().chain(&summed).map(|&(theirs, _)| theirs).collect(),
+        input_order: leading
+            .iter()
+            .map(|&(theirs, _)| theirs)
+            .chain(summed.iter().map(|&(theirs, _)| theirs))
+            .collect(),
         leading: visible,
-        columns: kept.iter().map(|&(_, stored)| tensor.dims[stored]).collect(),
+        columns: columns.iter().map(|&(_, size)| size).collect(),
         output_order,
+        bias: None,
+        activation: Activation::Identity,
     })
 }
 
@@ -121,7 +139,7 @@ impl BlockProduct {
     }
 
     /// True where the product's rows and columns are the output as it lies in memory.
-    fn output_lies_right(&self) -> bool {
+    pub fn output_lies_right(&self) -> bool {
         self.output_order.iter().flatten().is_sorted()
     }
 
@@ -149,8 +167,6 @@ impl BlockProduct {
         let tiling = &self.tensor.tiling;
         let block_cols = tiling.block_cols();
         let walk = self.walk(m);
-        let x = ArrayView2::from_shape((m, k), x)?;
-        let mut out = ArrayViewMut2::from_shape((m, n), out)?;
         carry(for_each_block(&self.tensor, &walk, |at, block| {
             let number = walk[at];
             let tile =
@@ -158,16 +174,25 @@ impl BlockProduct {
             let (row0, col0) = (tile.row0 as usize, tile.col0 as usize);
             let (rows, cols) = (tile.rows as usize, tile.cols as usize);
             let elements: &[f32] = bytemuck::try_cast_slice(block).map_err(|_| short_block(&self.tensor))?;
-            let tile = ArrayView2::from_shape((rows, cols), elements).map_err(|_| short_block(&self.tensor))?;
+            if elements.len() != rows * cols {
+                return Err(short_block(&self.tensor));
+            }
             if self.transposed {
-                let x = x.slice(s![.., col0..col0 + cols]);
-                general_mat_mul(1.0, &x, &tile.t(), 1.0, &mut out.slice_mut(s![.., row0..row0 + rows]));
+                let x = Operand::row_major(&x[col0..], k);
+                gemm::product(&mut out[row0..], n, m, rows, cols, x, Operand::transposed(elements, cols), col0 > 0);
             } else {
-                let x = x.slice(s![.., row0..row0 + rows]);
-                general_mat_mul(1.0, &x, &tile, 1.0, &mut out.slice_mut(s![.., col0..col0 + cols]));
+                let x = Operand::row_major(&x[row0..], k);
+                gemm::product(&mut out[col0..], n, m, cols, rows, x, Operand::row_major(elements, cols), row0 > 0);
             }
             Ok(())
-        }))
+        }))?;
+        if let Some(bias) = &self.bias {
+            let bias = bias.try_as_plain_ram()?;
+            epilogue::finish(out, n, (m, n), Bias::PerColumn(bias.as_slice::<f32>()?), self.activation);
+        } else {
+            epilogue::activate(out, self.activation);
+        }
+        Ok(())
     }
 }
 
@@ -217,6 +242,7 @@ impl EvalOp for BlockProduct {
             made.extend(self.columns.iter().copied());
             made
         };
+        // Every element is written: the first block of a column does not add, it sets.
         let mut output = Tensor::zero::<f32>(&made)?;
         if m > 0 && n > 0 {
             let x = input.try_as_plain_ram()?;
