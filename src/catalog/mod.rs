@@ -1,10 +1,12 @@
 //! Models in tables: rows in, rows out. Reads go straight to the tables under the active snapshot; writes go through SPI
 //! with the rights of the extension's owner, after the caller's own were checked here.
 
+mod blocks;
 mod names;
 mod read;
 mod write;
 
+pub use blocks::{BlockRef, OpenWeights, block_refs, read_block};
 pub use names::{ModelSpec, check_name};
-pub use read::{graph, read_tensor, resolve, signature_of_content, tensors};
+pub use read::{TensorRow, graph, read_tensor, resolve, signature_of_content, tensors};
 pub use write::{NewVersion, activate, drop_model, drop_orphans, rename, store};

@@ -13,6 +13,7 @@ use pgrx::prelude::*;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use tensor_blocks::Tiling;
 
 sql_functions!(load_model, load_model_from_file, load_model_from_large_object);
 
@@ -71,7 +72,7 @@ fn load(name: &str, model: &[u8], external: &mut dyn ExternalData, block_bytes: 
     let (signature, plan) = match catalog::signature_of_content(&content_hash) {
         Some(signature) => (signature, None),
         None => {
-            let plan = compile(&stripped);
+            let plan = compile(&stripped, block_bytes as usize);
             (serde_json::to_value(plan.signature()).unwrap_or_default(), Some(plan))
         }
     };
@@ -93,7 +94,9 @@ fn load(name: &str, model: &[u8], external: &mut dyn ExternalData, block_bytes: 
     pg_sys::Datum::from(version)
 }
 
-fn compile(stripped: &onnx::Stripped<'_>) -> Arc<Plan> {
+fn compile(stripped: &onnx::Stripped<'_>, block_bytes: usize) -> Arc<Plan> {
+    let tiling = |tensor: &StoredTensor<'_>| Tiling::new(&tensor.dims, tensor.view, tensor.dtype, block_bytes).ok();
+    let tilings: Vec<_> = stripped.tensors.iter().map(tiling).collect();
     let mut fetch = |ordinal: u32, out: &mut Vec<u8>| {
         interrupt::check();
         let tensor = stripped
@@ -103,7 +106,7 @@ fn compile(stripped: &onnx::Stripped<'_>) -> Arc<Plan> {
         out.extend_from_slice(&tensor.data);
         Ok(())
     };
-    predict::compile(&stripped.graph, &mut fetch)
+    predict::compile(&stripped.graph, &mut fetch, &tilings)
 }
 
 /// Identity of graph and tensors together: what a compiled plan is kept under.

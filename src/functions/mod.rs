@@ -8,6 +8,7 @@ mod maintain;
 mod pages;
 mod predict;
 pub mod settings;
+mod source;
 
 #[cfg(any(test, feature = "pg_test"))]
 mod tests;

@@ -1,10 +1,11 @@
 //! Prediction: arguments to tensors, the plan, outputs to values.
 //!
-//! Two caches per session. *Plans*, by content hash: never stale, the least recently used goes first. *Names*: what a model
+//! Weights come from the block cache while a plan runs (`source`). Two caches per session. *Plans*, by content hash: never stale, the least recently used goes first. *Names*: what a model
 //! name means to a snapshot and a role, so that a row costs no look-up; an entry counts only while the active snapshot
 //! sees the same as when it was made.
 
 use super::settings;
+use super::source::ModelBlocks;
 use crate::catalog::{self, ModelSpec};
 use crate::pg::fmgr::{Call, sql_functions, varlena_datum};
 use crate::pg::snapshot::SnapshotIdentity;
@@ -13,6 +14,7 @@ use inference::array::{Element, from_rows, to_rows_f32};
 use inference::error::ModelError;
 use inference::json;
 use inference::plan::{CompileOptions, FetchTensor, Plan};
+use inference::remote;
 use inference::signature::{Dim, Port};
 use inference::tensor::HostTensor;
 use lru::LruCache;
@@ -21,50 +23,61 @@ use pgrx::prelude::*;
 use std::cell::RefCell;
 use std::ffi::CStr;
 use std::num::NonZeroUsize;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, LazyLock};
+use tensor_blocks::Tiling;
 
 sql_functions!(predict_real, predict_double, predict_integer, predict_bigint, predict_text, predict_jsonb);
 
 /// Names that a session remembers.
 const NAMES: NonZeroUsize = NonZeroUsize::new(256).expect("not zero");
 
-/// What a plan is kept under: the model's content hash, and the memory limit with which it was compiled.
-type PlanKey = ([u8; 32], u64);
+/// What a plan is kept under: the model's content hash, and the settings with which it was compiled.
+type PlanKey = ([u8; 32], u64, u64);
+
+/// A model that this session can run.
+pub struct Model {
+    pub plan: Arc<Plan>,
+    pub blocks: Arc<ModelBlocks>,
+}
+
+fn plan_key(content_hash: [u8; 32]) -> PlanKey {
+    (content_hash, settings::max_prediction_bytes(), settings::inline_tensor_bytes())
+}
 
 struct Name {
     seen_by: SnapshotIdentity,
     user: pg_sys::Oid,
     key: PlanKey,
-    plan: Arc<Plan>,
+    model: Arc<Model>,
 }
 
 thread_local! {
-    static PLANS: RefCell<LruCache<PlanKey, Arc<Plan>>> = RefCell::new(LruCache::unbounded());
+    static PLANS: RefCell<LruCache<PlanKey, Arc<Model>>> = RefCell::new(LruCache::unbounded());
     static NAMED: RefCell<LruCache<String, Name>> = RefCell::new(LruCache::new(NAMES));
 }
 
-/// The plan of the model that `spec` names, for the active snapshot and the current role.
-fn plan_of(spec: &str) -> Arc<Plan> {
+/// The model that `spec` names, for the active snapshot and the current role.
+pub fn model_of(spec: &str) -> Arc<Model> {
     let seen_by = SnapshotIdentity::active();
     let user = crate::pg::identity::current_user();
     let known = NAMED.with_borrow_mut(|names| {
         names
             .get(spec)
-            .filter(|name| {
-                name.seen_by == seen_by && name.user == user && name.key.1 == settings::max_prediction_bytes()
-            })
-            .map(|name| name.plan.clone())
+            .filter(|name| name.seen_by == seen_by && name.user == user && name.key == plan_key(name.key.0))
+            .map(|name| name.model.clone())
     });
-    if let Some(plan) = known {
-        return plan;
+    if let Some(model) = known {
+        return model;
     }
     let version = catalog::resolve(&ModelSpec::parse(spec));
-    let key = (version.content_hash, settings::max_prediction_bytes());
+    let key = plan_key(version.content_hash);
     let cached = PLANS.with_borrow_mut(|plans| plans.get(&key).cloned());
-    let plan = cached.unwrap_or_else(|| {
+    let cached = cached.filter(|model| model.blocks.serves(version.id, &model.plan));
+    let model = cached.unwrap_or_else(|| {
         let graph = catalog::graph(&version.graph_hash);
         let tensors = catalog::tensors(version.id);
+        let tilings: Vec<_> = tensors.iter().map(|tensor| Some(tensor.tiling())).collect();
         let mut fetch = |ordinal: u32, out: &mut Vec<u8>| {
             let tensor = tensors
                 .get(ordinal as usize)
@@ -72,39 +85,45 @@ fn plan_of(spec: &str) -> Arc<Plan> {
             catalog::read_tensor(tensor, out);
             Ok(())
         };
-        let plan = compile(&graph, &mut fetch);
-        remember(version.content_hash, plan.clone());
-        plan
+        let plan = compile(&graph, &mut fetch, &tilings);
+        let model = remember(version.content_hash, plan);
+        model.blocks.serves(version.id, &model.plan);
+        model
     });
-    let name = Name { seen_by, user, key, plan: plan.clone() };
+    let name = Name { seen_by, user, key, model: model.clone() };
     NAMED.with_borrow_mut(|names| names.put(spec.to_owned(), name));
-    plan
+    model
 }
 
-/// Compiles a plan; the work is done on the compute thread, so that it can be cancelled.
-pub fn compile(graph: &[u8], fetch: &mut FetchTensor<'_>) -> Arc<Plan> {
+/// Compiles a plan; the work is done on the compute thread, so that it can be cancelled. `tilings`: by ordinal, how tensors
+/// are cut into blocks.
+pub fn compile(graph: &[u8], fetch: &mut FetchTensor<'_>, tilings: &[Option<Tiling>]) -> Arc<Plan> {
     compute::start();
-    let options = CompileOptions { memory_limit: settings::max_prediction_bytes(), ..CompileOptions::default() };
-    let plan = Plan::compile_interruptible(graph, fetch, &options, &mut interrupt::should_stop);
+    let options = CompileOptions {
+        memory_limit: settings::max_prediction_bytes(),
+        inline_tensor_bytes: settings::inline_tensor_bytes(),
+        ..CompileOptions::default()
+    };
+    let plan = Plan::compile_on_blocks(graph, fetch, tilings, &options, &mut interrupt::should_stop);
     Arc::new(plan.unwrap_or_else(|e| interrupt::raise_or_model(e)))
 }
 
 /// Keeps a plan for this session, and lets the least recently used ones go.
-pub fn remember(content_hash: [u8; 32], plan: Arc<Plan>) {
-    PLANS.with_borrow_mut(|plans| {
-        plans.put((content_hash, settings::max_prediction_bytes()), plan);
-    });
+pub fn remember(content_hash: [u8; 32], plan: Arc<Plan>) -> Arc<Model> {
+    let model = Arc::new(Model { plan, blocks: Arc::new(ModelBlocks::new(content_hash)) });
+    PLANS.with_borrow_mut(|plans| plans.put(plan_key(content_hash), model.clone()));
     shrink();
+    model
 }
 
 fn shrink() {
     let evicted = PLANS.with_borrow_mut(|plans| {
         let limit = settings::plan_cache_bytes();
-        let mut total: u64 = plans.iter().map(|(_, plan)| plan.memory_bytes()).sum();
+        let mut total: u64 = plans.iter().map(|(_, model)| model.plan.memory_bytes()).sum();
         let mut evicted = Vec::new();
         while total > limit && plans.len() > 1 {
-            let Some((key, plan)) = plans.pop_lru() else { break };
-            total -= plan.memory_bytes().min(total);
+            let Some((key, model)) = plans.pop_lru() else { break };
+            total -= model.plan.memory_bytes().min(total);
             evicted.push(key);
         }
         evicted
@@ -120,22 +139,26 @@ fn shrink() {
     }
 }
 
-/// Runs the plan: in place when that is quick, else on the compute thread while this one listens for interrupts.
-fn run(plan: &Arc<Plan>, inputs: Vec<(String, HostTensor)>) -> Vec<(String, HostTensor)> {
-    static GO_ON: AtomicBool = AtomicBool::new(false);
+/// Runs the plan: in place when that is quick, else on the compute thread while this one listens for interrupts and gets the
+/// blocks.
+fn run(model: &Arc<Model>, inputs: Vec<(String, HostTensor)>) -> Vec<(String, HostTensor)> {
+    static GO_ON: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
     interrupt::check();
+    let Model { plan, blocks } = &**model;
+    let on_blocks = !plan.stored_tensors().is_empty();
+    if on_blocks {
+        blocks.note_run();
+    }
     let result = if plan.is_heavy(&inputs) {
         compute::start();
-        let (plan, memory) = (plan.clone(), plan.memory_bytes());
-        let shared = plan.clone();
-        let result = inference::worker::run_interruptible(
-            move |cancel, _| plan.run(inputs, cancel),
-            &mut interrupt::should_stop,
-        );
-        if shared.memory_bytes() != memory {
+        let memory = plan.memory_bytes();
+        let result = remote::run_on_blocks(plan.clone(), inputs, &**blocks, &mut interrupt::should_stop);
+        if plan.memory_bytes() != memory {
             shrink();
         }
         result
+    } else if on_blocks {
+        plan.run_on_blocks(inputs, blocks.clone(), &GO_ON)
     } else {
         plan.run(inputs, &GO_ON)
     };
@@ -158,8 +181,9 @@ fn only_input<'p>(plan: &'p Plan, spec: &str) -> &'p Port {
 
 /// One row, or the rows of a two-dimensional array, through the model; the first output, flattened per row.
 fn predict_rows<T: Element>(spec: &str, dims: &[usize], values: &[T]) -> pg_sys::Datum {
-    let plan = plan_of(spec);
-    let port = only_input(&plan, spec);
+    let model = model_of(spec);
+    let plan = &model.plan;
+    let port = only_input(plan, spec);
     let (rows, width) = match *dims {
         [] => (1, 0),
         [width] => (1, width),
@@ -173,7 +197,7 @@ fn predict_rows<T: Element>(spec: &str, dims: &[usize], values: &[T]) -> pg_sys:
     };
     let predict = |rows: usize, values: &[T]| {
         let input = from_rows(port, rows, width, values).unwrap_or_else(|e| error::raise_model(e));
-        let outputs = run(&plan, vec![(port.name.clone(), input)]);
+        let outputs = run(&model, vec![(port.name.clone(), input)]);
         let Some((_, first)) = outputs.first() else {
             error::not_supported("the model has no output", "Load a model with at least one output.")
         };
@@ -261,10 +285,10 @@ fn json_argument(call: &Call, n: usize) -> serde_json::Value {
 
 fn predict_jsonb(call: &Call) -> pg_sys::Datum {
     let spec: &str = call.need(0, "model");
-    let plan = plan_of(spec);
+    let model = model_of(spec);
     let inputs = json_argument(call, 1);
-    let inputs = json::inputs_from_json(plan.signature(), &inputs).unwrap_or_else(|e| error::raise_model(e));
-    let outputs = run(&plan, inputs);
+    let inputs = json::inputs_from_json(model.plan.signature(), &inputs).unwrap_or_else(|e| error::raise_model(e));
+    let outputs = run(&model, inputs);
     let value = json::outputs_to_json(&outputs).unwrap_or_else(|e| error::raise_model(e));
     pgrx::JsonB(value).into_datum().unwrap_or_else(|| varlena_datum(&[]))
 }

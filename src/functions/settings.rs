@@ -3,6 +3,7 @@
 use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
 
 static PLAN_CACHE_SIZE: GucSetting<i32> = GucSetting::<i32>::new(256 * 1024);
+static INLINE_TENSOR_BYTES: GucSetting<i32> = GucSetting::<i32>::new(32 * 1024);
 static MAX_PREDICTION_MEMORY: GucSetting<i32> = GucSetting::<i32>::new(2 * 1024 * 1024);
 
 /// Registers the settings. Called once, when the library is loaded.
@@ -27,6 +28,16 @@ pub fn init() {
         GucContext::Suset,
         GucFlags::UNIT_KB,
     );
+    GucRegistry::define_int_guc(
+        c"tessera.inline_tensor_bytes",
+        c"Sets the size below which a tensor is kept in the session's plan.",
+        c"Larger tensors stay in blocks, which all sessions share in the block cache, if every operator that uses them can compute on blocks.",
+        &INLINE_TENSOR_BYTES,
+        0,
+        i32::MAX,
+        GucContext::Userset,
+        GucFlags::UNIT_BYTE,
+    );
     #[cfg(not(feature = "pg14"))]
     // SAFETY: a static string; after all settings with this prefix are defined.
     unsafe {
@@ -37,6 +48,11 @@ pub fn init() {
 /// Bytes that a session may keep for compiled models.
 pub fn plan_cache_bytes() -> u64 {
     PLAN_CACHE_SIZE.get() as u64 * 1024
+}
+
+/// Bytes below which a tensor is a part of the plan.
+pub fn inline_tensor_bytes() -> u64 {
+    INLINE_TENSOR_BYTES.get() as u64
 }
 
 /// Bytes above which one prediction is refused.
