@@ -5,6 +5,7 @@
 
 use pgrx::prelude::*;
 
+mod cache;
 mod catalog;
 mod functions;
 mod pg;
@@ -17,6 +18,7 @@ mod table_am;
 #[pg_guard]
 pub extern "C-unwind" fn _PG_init() {
     pg::snapshot::init();
+    cache::init();
     functions::settings::init();
 }
 

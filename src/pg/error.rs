@@ -76,3 +76,10 @@ fn sqlstate(kind: &ErrorKind) -> PgSqlErrorCode {
         ErrorKind::Internal => PgSqlErrorCode::ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
     }
 }
+
+/// Tells the client, and goes on.
+pub fn notice(message: &str, hint: &str) {
+    ErrorReport::new(PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION, message.to_owned(), "pg_tessera")
+        .set_hint(hint)
+        .report(PgLogLevel::NOTICE);
+}

@@ -18,6 +18,7 @@ pub mod memory;
 pub mod progress;
 pub mod relation;
 pub mod scan;
+pub mod shmem;
 pub mod snapshot;
 pub mod toast_index;
 pub mod tuple;

@@ -1,0 +1,4 @@
+//! Tests of the cache with artificial blocks.
+
+pub mod blocks;
+mod one_process;
