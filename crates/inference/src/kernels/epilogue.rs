@@ -51,13 +51,7 @@ pub enum Bias<'a> {
 ///
 /// # Panics
 /// If `out` or the bias is shorter than the sizes say.
-pub fn finish(
-    out: &mut [f32],
-    stride: usize,
-    (rows, columns): (usize, usize),
-    bias: Bias<'_>,
-    activation: Activation,
-) {
+pub fn finish(out: &mut [f32], stride: usize, (rows, columns): (usize, usize), bias: Bias<'_>, activation: Activation) {
     if rows == 0 || columns == 0 || (matches!(bias, Bias::None) && activation == Activation::Identity) {
         return;
     }
@@ -208,7 +202,13 @@ mod tests {
         (match activation {
             Activation::Identity => x,
             Activation::Relu => x.max(0.0),
-            Activation::LeakyRelu(slope) => if x < 0.0 { x * f64::from(slope) } else { x },
+            Activation::LeakyRelu(slope) => {
+                if x < 0.0 {
+                    x * f64::from(slope)
+                } else {
+                    x
+                }
+            }
             Activation::Clip(low, high) => x.clamp(low.into(), high.into()),
             Activation::Sigmoid => sigmoid(x),
             Activation::Tanh => x.tanh(),
