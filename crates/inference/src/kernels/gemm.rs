@@ -80,16 +80,14 @@ pub fn product(
     if m == 0 || n == 0 {
         return;
     }
-    let end = (m - 1).checked_mul(out_stride).and_then(|start| start.checked_add(n));
-    assert!(end.is_some_and(|end| end <= out.len()), "the output of a product does not hold its elements");
-    assert!(m == 1 || out_stride >= n, "rows of the output of a product overlap");
+    check_output(out, out_stride, m, n);
     if k == 0 {
         if !accumulate {
             out.chunks_mut(out_stride.max(n)).take(m).for_each(|row| row[..n].fill(0.0));
         }
         return;
     }
-    assert!(a.holds(m, k) && b.holds(k, n), "an operand of a product does not hold its elements");
+    assert!(a.holds(m, k) && b.holds(k, n), "{OPERAND}");
     let whole = Part {
         k,
         a: a.data.as_ptr(),
@@ -97,6 +95,7 @@ pub fn product(
         a_col: a.col_stride,
         b: b.data.as_ptr(),
         b_row: b.row_stride,
+        offsets: std::ptr::null(),
         out: out.as_mut_ptr(),
         out_row: out_stride,
         columns: n,
@@ -116,6 +115,14 @@ pub fn product(
             blocks(isa, m, whole, b.col_stride);
         }
     }
+}
+
+const OPERAND: &str = "an operand of a product does not hold its elements";
+
+fn check_output(out: &[f32], stride: usize, m: usize, n: usize) {
+    let end = (m - 1).checked_mul(stride).and_then(|start| start.checked_add(n));
+    assert!(end.is_some_and(|end| end <= out.len()), "the output of a product does not hold its elements");
+    assert!(m == 1 || stride >= n, "rows of the output of a product overlap");
 }
 
 /// # Safety
@@ -202,7 +209,7 @@ unsafe fn blocks(isa: &Isa, m: usize, whole: Part, b_col: usize) {
     let copy = b_col != 1 || (whole.b_row >= FAR && m >= 4 * ROWS);
     if !copy {
         // SAFETY: the whole product.
-        unsafe { panels(isa, m, whole) };
+        unsafe { panels::<false>(isa, m, whole) };
         return;
     }
     let width = VECTORS * isa.lanes;
@@ -228,7 +235,7 @@ unsafe fn blocks(isa: &Isa, m: usize, whole: Part, b_col: usize) {
                     for (panel, at) in (0..columns).step_by(width).enumerate() {
                         // SAFETY: a piece of the product, and the copy that was just made.
                         unsafe {
-                            panel_of_rows(
+                            panel_of_rows::<false>(
                                 isa,
                                 rows,
                                 Part {
@@ -250,12 +257,54 @@ unsafe fn blocks(isa: &Isa, m: usize, whole: Part, b_col: usize) {
     });
 }
 
+/// `out (m x n) = a (m x k) b (k x n)`, or `+=` with `accumulate`, where row `step` of `b` is the `n` elements of `data`
+/// from `offsets[step]`; rows may overlap. This is how a convolution sees its input: a row for each tap of the kernel.
+///
+/// # Panics
+/// As [`product`]; `k` is the number of offsets.
+#[allow(clippy::too_many_arguments)] // As `product`.
+pub fn scattered_product(
+    out: &mut [f32],
+    out_stride: usize,
+    m: usize,
+    n: usize,
+    a: Operand<'_>,
+    data: &[f32],
+    offsets: &[usize],
+    accumulate: bool,
+) {
+    let k = offsets.len();
+    if m == 0 || n == 0 || k == 0 {
+        return product(out, out_stride, m, n, k, a, Operand::row_major(data, n), accumulate);
+    }
+    check_output(out, out_stride, m, n);
+    let last = offsets.iter().copied().max().unwrap_or(0).checked_add(n);
+    assert!(a.holds(m, k) && last.is_some_and(|last| last <= data.len()), "{OPERAND}");
+    let isa = isa();
+    let whole = Part {
+        k,
+        a: a.data.as_ptr(),
+        a_row: a.row_stride,
+        a_col: a.col_stride,
+        b: data.as_ptr(),
+        b_row: 0,
+        offsets: offsets.as_ptr(),
+        out: out.as_mut_ptr(),
+        out_row: out_stride,
+        columns: n,
+        accumulate,
+    };
+    // SAFETY: all elements that `whole` names were found to be there.
+    unsafe { panels::<true>(isa, m, whole) }
+}
+
 /// All blocks, `b` being read where it lies.
 ///
 /// # Safety
 /// As for [`dots`].
-unsafe fn panels(isa: &Isa, m: usize, whole: Part) {
-    let width = VECTORS * isa.lanes;
+unsafe fn panels<const AT: bool>(isa: &Isa, m: usize, whole: Part) {
+    let vectors = if AT && m <= LINE_ROWS { LINE_VECTORS } else { VECTORS };
+    let width = vectors * isa.lanes;
     for first in (0..whole.k).step_by(STEPS) {
         let k = STEPS.min(whole.k - first);
         for row in (0..m).step_by(A_ROWS) {
@@ -263,13 +312,19 @@ unsafe fn panels(isa: &Isa, m: usize, whole: Part) {
             for column in (0..whole.columns).step_by(width) {
                 // SAFETY: a piece of the product.
                 unsafe {
-                    panel_of_rows(
+                    let (b, offsets) = if AT {
+                        (whole.b, whole.offsets.add(first))
+                    } else {
+                        (whole.b.add(first * whole.b_row), whole.offsets)
+                    };
+                    panel_of_rows::<AT>(
                         isa,
                         rows,
                         Part {
                             k,
                             a: whole.a.wrapping_add(row * whole.a_row + first * whole.a_col),
-                            b: whole.b.add(first * whole.b_row + column),
+                            b: b.add(column),
+                            offsets,
                             out: whole.out.add(row * whole.out_row + column),
                             columns: width.min(whole.columns - column),
                             accumulate: whole.accumulate || first > 0,
@@ -282,20 +337,25 @@ unsafe fn panels(isa: &Isa, m: usize, whole: Part) {
     }
 }
 
-/// One panel of `b`, as wide as a block, with all rows of `a`.
+/// One panel of `b`, as wide as a block, or with `AT` and few rows as a line, with all rows of `a`.
 ///
 /// # Safety
 /// As for [`dots`].
-unsafe fn panel_of_rows(isa: &Isa, m: usize, whole: Part) {
+unsafe fn panel_of_rows<const AT: bool>(isa: &Isa, m: usize, whole: Part) {
     let vectors = whole.columns.div_ceil(isa.lanes);
     let heights = m.div_ceil(ROWS);
     let mut row = 0;
     for part in 0..heights {
         // As even as can be: one row alone would be slow.
         let height = (m - row).div_ceil(heights - part);
+        let kernel = match AT {
+            true if m <= LINE_ROWS => isa.scattered_lines[height - 1][vectors - 1],
+            true => isa.scattered_blocks[height - 1][vectors - 1],
+            false => isa.blocks[height - 1][vectors - 1],
+        };
         // SAFETY: a piece of the product.
         unsafe {
-            (isa.blocks[height - 1][vectors - 1])(&Part {
+            kernel(&Part {
                 a: whole.a.wrapping_add(row * whole.a_row),
                 out: whole.out.add(row * whole.out_row),
                 ..whole
@@ -326,31 +386,55 @@ unsafe fn copy_panel(
         return;
     }
     // Squares, so that neither side leaves the lines of the cache that it has touched.
-    const EDGE: usize = 8;
     for step in (0..k).step_by(EDGE) {
         let steps = EDGE.min(k - step);
         for column in (0..count).step_by(EDGE) {
             let columns = EDGE.min(count - column);
-            // SAFETY: elements of the piece.
+            let square = &mut to[step * width + column..];
+            // SAFETY: elements of the piece; a whole square of rows that are contiguous along k for `turn`.
             unsafe {
                 let start = from.add(step * row_stride + column * col_stride);
                 if row_stride == 1 && steps == EDGE && columns == EDGE {
-                    let lines: [[f32; EDGE]; EDGE] = std::array::from_fn(|column| {
-                        start.add(column * col_stride).cast::<[f32; EDGE]>().read_unaligned()
-                    });
-                    for row in 0..EDGE {
-                        let line: [f32; EDGE] = std::array::from_fn(|column| lines[column][row]);
-                        to[(step + row) * width + column..][..EDGE].copy_from_slice(&line);
-                    }
-                } else {
-                    for row in 0..steps {
-                        for place in 0..columns {
-                            to[(step + row) * width + column + place] =
-                                *start.add(row * row_stride + place * col_stride);
-                        }
+                    turn(&mut square[..(EDGE - 1) * width + EDGE], width, start, col_stride);
+                    continue;
+                }
+                for row in 0..steps {
+                    for place in 0..columns {
+                        square[row * width + place] = *start.add(row * row_stride + place * col_stride);
                     }
                 }
             }
+        }
+    }
+}
+
+/// Edge of the squares in which operands are transposed.
+const EDGE: usize = 4;
+
+/// Transposes a square: `EDGE` lines that are `stride` apart become rows that are `width` apart.
+///
+/// # Safety
+/// The lines are there.
+#[inline(always)]
+unsafe fn turn(to: &mut [f32], width: usize, from: *const f32, stride: usize) {
+    assert!(to.len() > (EDGE - 1) * width + EDGE - 1);
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE is in the baseline; the lines are there; four rows of `to` were checked.
+    unsafe {
+        use std::arch::x86_64::*;
+        let line = |place: usize| _mm_loadu_ps(from.add(place * stride));
+        let (mut a, mut b, mut c, mut d) = (line(0), line(1), line(2), line(3));
+        _MM_TRANSPOSE4_PS(&mut a, &mut b, &mut c, &mut d);
+        let to = to.as_mut_ptr();
+        for (row, value) in [a, b, c, d].into_iter().enumerate() {
+            _mm_storeu_ps(to.add(row * width), value);
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    for row in 0..EDGE {
+        for place in 0..EDGE {
+            // SAFETY: the lines are there.
+            to[row * width + place] = unsafe { *from.add(place * stride + row) };
         }
     }
 }

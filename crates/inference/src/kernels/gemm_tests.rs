@@ -82,6 +82,7 @@ fn every_level_of_this_processor_computes_the_same() {
                     a_col: 1,
                     b: b.as_ptr(),
                     b_row: n,
+                    offsets: std::ptr::null(),
                     out: out.as_mut_ptr(),
                     out_row: n,
                     columns: n,
@@ -105,6 +106,7 @@ fn every_level_of_this_processor_computes_the_same() {
                 a_col: 1,
                 b: turned.as_ptr(),
                 b_row: k,
+                offsets: std::ptr::null(),
                 out: out.as_mut_ptr(),
                 out_row: n,
                 columns: n,
@@ -131,4 +133,22 @@ fn infinities_of_one_column_stay_there() {
 fn short_operands_are_noticed() {
     let mut out = vec![0.0; 6];
     product(&mut out, 3, 2, 3, 4, Operand::row_major(&[0.0; 8], 4), Operand::row_major(&[0.0; 11], 3), false);
+}
+
+#[test]
+fn scattered_rows_are_those_at_their_offsets() {
+    let mut random = Random::new(5);
+    for _ in 0..300 {
+        let (m, n, k) = (random.between(1, 20), random.between(1, 300), random.between(1, 300));
+        let (a, data) = (random.values(m * k), random.values(n + 1000));
+        let offsets: Vec<usize> = (0..k).map(|_| random.below(1001)).collect();
+        let gathered: Vec<f32> = offsets.iter().flat_map(|&at| data[at..at + n].to_vec()).collect();
+        let mut out = random.values(m * n);
+        let mut expected = out.clone();
+        let (left, right) = (Operand::row_major(&a, k), Operand::row_major(&gathered, n));
+        let accumulate = random.below(2) == 0;
+        scattered_product(&mut out, n, m, n, left, &data, &offsets, accumulate);
+        reference(&mut expected, n, (m, n, k), left, right, accumulate);
+        close(&out, &expected, 1e-5 * k as f32 + 1e-6, &format!("{m} x {n} x {k}"));
+    }
 }

@@ -42,6 +42,8 @@ pub(super) struct Part {
     /// `k` times `columns`, rows contiguous.
     pub b: *const f32,
     pub b_row: usize,
+    /// For kernels that take them: where each of the `k` rows of `b` begins, in elements behind `b`.
+    pub offsets: *const usize,
     /// Rows times `columns`, rows contiguous.
     pub out: *mut f32,
     pub out_row: usize,
@@ -63,6 +65,10 @@ pub(super) struct Isa {
     pub blocks: [[Kernel; VECTORS]; ROWS],
     /// By rows - 1 and vectors - 1.
     pub lines: [[Kernel; LINE_VECTORS]; LINE_ROWS],
+    /// As `blocks`, the rows of `b` beginning at offsets.
+    pub scattered_blocks: [[Kernel; VECTORS]; ROWS],
+    /// As `lines`, the rows of `b` beginning at offsets.
+    pub scattered_lines: [[Kernel; LINE_VECTORS]; LINE_ROWS],
     /// One row of any number of columns; `k` is [`SWEEP`].
     pub sweep: Kernel,
     /// Dot products of [`DOTS`]`.0` rows of `a` and `DOTS.1` columns of `b`, where `b_row` is the distance of
@@ -81,41 +87,49 @@ pub(super) fn isa() -> &'static Isa {
     }
 }
 
-/// `R` rows by `V` vectors.
+/// `R` rows by `V` vectors; the rows of `b` begin at `offsets` with `AT`.
 #[inline(always)]
-unsafe fn block<L: Lanes, const R: usize, const V: usize>(part: &Part) {
+unsafe fn block<L: Lanes, const R: usize, const V: usize, const AT: bool>(part: &Part) {
     let tail = part.columns - (V - 1) * L::WIDTH;
     // SAFETY: the part's elements are there, as the caller says; so are the processor's features.
     unsafe {
         if tail == L::WIDTH {
-            tile::<L, R, V, false>(part, tail);
+            tile::<L, R, V, AT, false>(part, tail);
         } else {
-            tile::<L, R, V, true>(part, tail);
+            tile::<L, R, V, AT, true>(part, tail);
         }
     }
 }
 
 #[inline(always)]
-unsafe fn tile<L: Lanes, const R: usize, const V: usize, const TAIL: bool>(part: &Part, tail: usize) {
+unsafe fn tile<L: Lanes, const R: usize, const V: usize, const AT: bool, const TAIL: bool>(part: &Part, tail: usize) {
     // SAFETY: rows 0..R, steps 0..k and columns 0..(V - 1) * WIDTH + tail are those of the part.
     unsafe {
         let mut sums = [[L::splat(0.0); V]; R];
         let (mut a, mut b) = (part.a, part.b);
-        for _ in 0..part.k {
+        for step in 0..part.k {
+            if AT {
+                b = part.b.add(*part.offsets.add(step));
+            } else if R <= LINE_ROWS {
+                // Few rows wait for memory, and what fetches ahead by itself starts anew with each row of a tile.
+                ahead::<V>(b.wrapping_add(AHEAD.wrapping_mul(part.b_row)), L::WIDTH);
+            }
             let mut line = [L::splat(0.0); V];
             for v in 0..V {
                 let from = b.add(v * L::WIDTH);
                 line[v] = if TAIL && v == V - 1 { L::load_some(from, tail) } else { L::load(from) };
             }
             for r in 0..R {
-                let factor = L::splat(*a.wrapping_add(r * part.a_row));
+                let factor = L::splat(*a.wrapping_add(r.wrapping_mul(part.a_row)));
                 for v in 0..V {
                     sums[r][v] = factor.fma(line[v], sums[r][v]);
                 }
             }
             // One step behind the last row both may point past their memory: they are not read there.
             a = a.wrapping_add(part.a_col);
-            b = b.wrapping_add(part.b_row);
+            if !AT {
+                b = b.wrapping_add(part.b_row);
+            }
         }
         for r in 0..R {
             for v in 0..V {
@@ -131,6 +145,21 @@ unsafe fn tile<L: Lanes, const R: usize, const V: usize, const TAIL: bool>(part:
             }
         }
     }
+}
+
+/// Rows of `b` that are fetched ahead of their use.
+const AHEAD: usize = 8;
+
+/// Fetches `V` vectors into the cache. Any address will do.
+#[inline(always)]
+fn ahead<const V: usize>(from: *const f32, width: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for v in 0..V {
+        // SAFETY: a hint, which does nothing where there is no memory.
+        unsafe { std::arch::x86_64::_mm_prefetch::<3>(from.wrapping_add(v * width).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (from, width);
 }
 
 /// One row of any width by [`SWEEP`] steps: reads that many rows of `b` side by side.
@@ -219,8 +248,10 @@ macro_rules! level {
             /// The kernels of this level.
             pub(super) static ISA: Isa = Isa {
                 lanes: <$lanes as Lanes>::WIDTH,
-                blocks: [row4::<1>(), row4::<2>(), row4::<3>(), row4::<4>(), row4::<5>(), row4::<6>()],
-                lines: [row8::<1>(), row8::<2>(), row8::<3>()],
+                blocks: blocks::<false>(),
+                lines: [row8::<1, false>(), row8::<2, false>(), row8::<3, false>()],
+                scattered_blocks: blocks::<true>(),
+                scattered_lines: [row8::<1, true>(), row8::<2, true>(), row8::<3, true>()],
                 sweep,
                 dots: [
                     [dots::<1, 1>, dots::<1, 2>, dots::<1, 3>, dots::<1, 4>],
@@ -228,27 +259,31 @@ macro_rules! level {
                 ],
             };
 
-            const fn row4<const R: usize>() -> [Kernel; VECTORS] {
-                [block::<R, 1>, block::<R, 2>, block::<R, 3>, block::<R, 4>]
+            const fn blocks<const AT: bool>() -> [[Kernel; VECTORS]; ROWS] {
+                [row4::<1, AT>(), row4::<2, AT>(), row4::<3, AT>(), row4::<4, AT>(), row4::<5, AT>(), row4::<6, AT>()]
             }
 
-            const fn row8<const R: usize>() -> [Kernel; LINE_VECTORS] {
+            const fn row4<const R: usize, const AT: bool>() -> [Kernel; VECTORS] {
+                [block::<R, 1, AT>, block::<R, 2, AT>, block::<R, 3, AT>, block::<R, 4, AT>]
+            }
+
+            const fn row8<const R: usize, const AT: bool>() -> [Kernel; LINE_VECTORS] {
                 [
-                    block::<R, 1>,
-                    block::<R, 2>,
-                    block::<R, 3>,
-                    block::<R, 4>,
-                    block::<R, 5>,
-                    block::<R, 6>,
-                    block::<R, 7>,
-                    block::<R, 8>,
+                    block::<R, 1, AT>,
+                    block::<R, 2, AT>,
+                    block::<R, 3, AT>,
+                    block::<R, 4, AT>,
+                    block::<R, 5, AT>,
+                    block::<R, 6, AT>,
+                    block::<R, 7, AT>,
+                    block::<R, 8, AT>,
                 ]
             }
 
             #[$features]
-            unsafe fn block<const R: usize, const V: usize>(part: &Part) {
+            unsafe fn block<const R: usize, const V: usize, const AT: bool>(part: &Part) {
                 // SAFETY: the features are those of the lanes; the rest is the caller's promise.
-                unsafe { super::block::<$lanes, R, V>(part) }
+                unsafe { super::block::<$lanes, R, V, AT>(part) }
             }
 
             #[$features]
