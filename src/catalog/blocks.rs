@@ -79,10 +79,7 @@ pub fn block_refs(weights: &OpenWeights, tensor: &TensorRow, tiling: &Tiling) ->
                     Block::decode(bytes).map(|block| block.data().to_vec()).map_err(|e| e.to_string())
                 });
                 let Some(Ok(elements)) = elements else { damaged("a block cannot be read") };
-                BlockRef {
-                    hash: block_hash(tensor.dtype, &tile.shape(), &elements).0,
-                    place: Place::Row(elements),
-                }
+                BlockRef { hash: block_hash(tensor.dtype, &tile.shape(), &elements).0, place: Place::Row(elements) }
             }
         };
         refs[(tile.block_row * tiling.block_cols() + tile.block_col) as usize] = Some(block);
@@ -109,7 +106,8 @@ pub fn read_block(
         Place::Store(stand_in) => stand_in,
     };
     let there = locators::find(rel, stand_in.block_id);
-    if !there.is_some_and(|l| l.state() == Some(State::Live) && l.hash == block.hash && l.ext_info == stand_in.ext_info) {
+    if !there.is_some_and(|l| l.state() == Some(State::Live) && l.hash == block.hash && l.ext_info == stand_in.ext_info)
+    {
         return Err(Stale);
     }
     let head = Block::HEAD_OF_MATRIX;
@@ -127,7 +125,10 @@ pub fn read_block(
     if block_hash(tensor.dtype, &shape, out).0 != block.hash {
         error::raise(
             PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
-            format!("block {} of tensor {} does not have the content that its hash names", stand_in.block_id, tensor.id),
+            format!(
+                "block {} of tensor {} does not have the content that its hash names",
+                stand_in.block_id, tensor.id
+            ),
             "The block's bytes have changed since they were stored.",
             "Run check_store('tessera.weight'); restore the table from a backup, or load the model again.",
         );

@@ -50,9 +50,10 @@ impl ModelBlocks {
             return true;
         }
         let rows = catalog::tensors(version);
-        let same = plan.stored_tensors().iter().all(|tensor| {
-            rows.get(tensor.ordinal as usize).is_some_and(|row| row.tiling() == tensor.tiling)
-        });
+        let same = plan
+            .stored_tensors()
+            .iter()
+            .all(|tensor| rows.get(tensor.ordinal as usize).is_some_and(|row| row.tiling() == tensor.tiling));
         if same {
             // What is known of the blocks stays: equal content in equal blocks has equal hashes.
             self.version.store(version, Ordering::Relaxed);

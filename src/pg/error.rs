@@ -52,7 +52,7 @@ fn way_out(kind: &ErrorKind) -> &'static str {
         }
         ErrorKind::NotANumber | ErrorKind::OutOfRange => "Give values that the input's element type can hold.",
         ErrorKind::Cancelled => "",
-        ErrorKind::Internal => "Please report this with the model, if it can be shared.",
+        ErrorKind::Internal | ErrorKind::WantsInline => "Please report this with the model, if it can be shared.",
     }
 }
 
@@ -73,7 +73,7 @@ fn sqlstate(kind: &ErrorKind) -> PgSqlErrorCode {
         ErrorKind::NotANumber | ErrorKind::OutOfRange => PgSqlErrorCode::ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE,
         ErrorKind::Cancelled => PgSqlErrorCode::ERRCODE_QUERY_CANCELED,
         // Not internal_error: what a user's model or input can cause must not look like a server fault.
-        ErrorKind::Internal => PgSqlErrorCode::ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
+        ErrorKind::Internal | ErrorKind::WantsInline => PgSqlErrorCode::ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
     }
 }
 
