@@ -37,7 +37,7 @@ mod tests;
 pub use area::init;
 pub use check::check;
 pub use models::{ModelSlot, keep, model_slot, note_run, release};
-pub use pin::{Pin, pin};
+pub use pin::{Pin, is_cached, pin};
 pub use view::{Counts, FrameView, ModelView, Totals, frames, models, reset, totals};
 
 /// Identity of a block: what [`tensor_blocks::block_hash`] gives, and the number of bytes of its elements.

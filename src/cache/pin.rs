@@ -89,6 +89,13 @@ pub fn pin(slot: ModelSlot, keys: &[BlockKey], load: &mut dyn FnMut(usize, &mut 
     }
 }
 
+/// True if the block is in a frame, or is being loaded into one. Nothing is pinned: it may go the next moment.
+pub fn is_cached(key: &BlockKey) -> bool {
+    let area = area();
+    let partition = Partition::lock(area, partition::number_of(key.words()), false);
+    partition.find(key.words(), key.bytes).is_some_and(|entry| area.entries[entry as usize].frame.load(Relaxed) != NONE)
+}
+
 /// Waits until nobody loads the block any more, or a moment. Serves interrupts.
 fn wait(area: &Area, key: &BlockKey) {
     let number = partition::number_of(key.words());

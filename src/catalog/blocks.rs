@@ -135,3 +135,10 @@ pub fn read_block(
     }
     Ok(())
 }
+
+/// Asks for the block's pages to be read into memory, if they are not there, without waiting for them.
+pub fn prefetch_block(weights: &OpenWeights, block: &BlockRef) {
+    if let Place::Store(stand_in) = &block.place {
+        store::prefetch(weights.store.raw(), stand_in.block_id);
+    }
+}

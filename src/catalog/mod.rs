@@ -6,7 +6,7 @@ mod names;
 mod read;
 mod write;
 
-pub use blocks::{BlockRef, OpenWeights, block_refs, read_block};
+pub use blocks::{BlockRef, OpenWeights, block_refs, prefetch_block, read_block};
 pub use names::{ModelSpec, check_name};
 pub use read::{TensorRow, graph, read_tensor, resolve, signature_of_content, tensors};
 pub use write::{NewVersion, activate, drop_model, drop_orphans, rename, store};

@@ -9,7 +9,7 @@ use crate::catalog::{self, BlockRef, OpenWeights, TensorRow};
 use crate::pg::error;
 use inference::error::ModelError;
 use inference::plan::Plan;
-use inference::weights::{BlockSource, Frame};
+use inference::weights::{BlockSource, Frame, WINDOW};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -116,7 +116,7 @@ impl ModelBlocks {
             let mut done = 0;
             while done < all.len() {
                 crate::pg::interrupt::check();
-                let pins = self.pins(ordinal, &all[done..all.len().min(done + inference::weights::WINDOW)]);
+                let pins = self.pins(ordinal, &all[done..]);
                 warm += pins.iter().filter(|pin| pin.is_cached()).count() as u64;
                 done += pins.len();
             }
@@ -124,7 +124,9 @@ impl ModelBlocks {
         warm
     }
 
+    /// Pins the leading blocks of `wanted`, and has the pages of those that come next read ahead.
     fn pins(&self, ordinal: u32, wanted: &[u32]) -> Vec<cache::Pin> {
+        let (wanted, next) = wanted.split_at(wanted.len().min(WINDOW));
         let weights = OpenWeights::open();
         let tensor = self.tensor(&weights, ordinal, false);
         let key = |&number: &u32| {
@@ -133,6 +135,11 @@ impl ModelBlocks {
             BlockKey { hash: block.hash, bytes: tensor.tiling.tile_bytes(tile) as u32 }
         };
         let keys: Vec<BlockKey> = wanted.iter().map(key).collect();
+        for number in next.iter().take(WINDOW) {
+            if !cache::is_cached(&key(number)) {
+                catalog::prefetch_block(&weights, &tensor.blocks[*number as usize]);
+            }
+        }
         cache::pin(self.slot(), &keys, &mut |at, out| {
             let number = wanted[at];
             if tensor.read(&weights, number, out) {

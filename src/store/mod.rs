@@ -211,6 +211,13 @@ pub fn fetch(rel: pg_sys::Relation, block_id: u32, stored_len: u32, offset: u32,
     }
 }
 
+/// Asks for the pages of a block to be read ahead, without waiting for them. Nothing happens for a block that is not there.
+pub fn prefetch(rel: pg_sys::Relation, block_id: u32) {
+    if let Some(locator) = locators::find(rel, block_id).filter(|l| l.state() == Some(State::Live)) {
+        payload::prefetch(rel, locator.page, u64::from(locator.offset), locator.stored_len() as usize);
+    }
+}
+
 fn no_such_block(rel: pg_sys::Relation, block_id: u32) -> ! {
     // SAFETY: open relation.
     let oid = unsafe { (*rel).rd_id };

@@ -63,6 +63,27 @@ pub fn read(rel: pg_sys::Relation, page: u32, offset: u64, out: &mut [u8]) {
     }
 }
 
+/// Asks for the pages of a payload to be read ahead.
+pub fn prefetch(rel: pg_sys::Relation, page: u32, offset: u64, len: usize) {
+    let first = u64::from(page) + offset / PAGE_BYTES as u64;
+    let last = u64::from(page) + (offset + len.max(1) as u64 - 1) / PAGE_BYTES as u64;
+    if last < u64::from(pg_sys::InvalidBlockNumber) {
+        prefetch_pages(rel, first..=last);
+    }
+}
+
+fn prefetch_pages(rel: pg_sys::Relation, pages: std::ops::RangeInclusive<u64>) {
+    let most = pages.start() + PAGES_PER_CHECK as u64;
+    // A payload is written and read as a whole: if its last page is in memory, the others most probably are.
+    for ahead in (*pages.start()..=(*pages.end()).min(most)).rev() {
+        // SAFETY: `rel` is open; a prefetch past the end is ignored.
+        let found = unsafe { pg_sys::PrefetchBuffer(rel, pg_sys::ForkNumber::MAIN_FORKNUM, ahead as u32) };
+        if found.recent_buffer != pg_sys::InvalidBuffer as pg_sys::Buffer {
+            break;
+        }
+    }
+}
+
 /// As [`read`]; `Err` has the number of a page that is empty.
 pub fn try_read(rel: pg_sys::Relation, page: u32, offset: u64, out: &mut [u8]) -> Result<(), u32> {
     let last = page as u64 + (offset + out.len() as u64 - 1) / PAGE_BYTES as u64;
@@ -70,14 +91,7 @@ pub fn try_read(rel: pg_sys::Relation, page: u32, offset: u64, out: &mut [u8]) -
     if last >= u64::from(pg_sys::InvalidBlockNumber) {
         return Err(page); // a damaged locator
     }
-    // A payload is written and read as a whole: if its last page is in memory, the others most probably are.
-    for ahead in (first + 1..=last.min(first + PAGES_PER_CHECK as u64)).rev() {
-        // SAFETY: `rel` is open; a prefetch past the end is ignored.
-        let found = unsafe { pg_sys::PrefetchBuffer(rel, pg_sys::ForkNumber::MAIN_FORKNUM, ahead as u32) };
-        if found.recent_buffer != pg_sys::InvalidBuffer as pg_sys::Buffer {
-            break;
-        }
-    }
+    prefetch_pages(rel, first + 1..=last);
     for (i, (page, at, range)) in pieces(page, offset, out.len()).enumerate() {
         if i % PAGES_PER_CHECK == PAGES_PER_CHECK - 1 {
             interrupt::check();

@@ -3,13 +3,15 @@
 //! Responsible for: taking a block operator's wish to the thread that may read blocks, and the frames back. Only the caller's
 //! thread may talk to its database; the compute thread asks, rings, and sleeps until it has frames or is given up.
 //!
+//! While the compute thread computes on one window of blocks, the calling thread gets the next one ready.
+//!
 //! Invariants: the source is called on the calling thread only; when the call ends, however it does, an asking compute
 //! thread gets `Cancelled`, and the frames that it holds are gone within [`PATIENCE`] unless one operation takes longer.
 
 use crate::error::ModelError;
 use crate::plan::Plan;
 use crate::tensor::HostTensor;
-use crate::weights::{BlockSource, Frame};
+use crate::weights::{BlockSource, Frame, WINDOW};
 use crate::worker::{self, Bell, cancelled};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -53,13 +55,24 @@ impl Exchange {
 struct Remote {
     exchange: Arc<Exchange>,
     bell: Bell,
+    /// What was wished for ahead of its use.
+    ahead: Mutex<Option<(u32, Vec<u32>)>>,
 }
 
-impl BlockSource for Remote {
-    fn pin(&self, tensor: u32, wanted: &[u32]) -> Frames {
-        let mut counter = self.exchange.lock();
-        counter.wish = Some((tensor, wanted.to_vec()));
+impl Remote {
+    fn new(exchange: Arc<Exchange>, bell: Bell) -> Remote {
+        Remote { exchange, bell, ahead: Mutex::default() }
+    }
+
+    /// The leading blocks of `wanted` and what is wanted next, as a wish.
+    fn wish(&self, tensor: u32, wanted: &[u32]) {
+        let wanted = &wanted[..wanted.len().min(2 * WINDOW)];
+        self.exchange.lock().wish = Some((tensor, wanted.to_vec()));
         self.bell.ring();
+    }
+
+    fn wait(&self) -> Frames {
+        let mut counter = self.exchange.lock();
         loop {
             if counter.closed {
                 return Err(cancelled());
@@ -69,6 +82,28 @@ impl BlockSource for Remote {
             }
             counter = self.exchange.answered.wait(counter).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+}
+
+impl BlockSource for Remote {
+    fn pin(&self, tensor: u32, wanted: &[u32]) -> Frames {
+        let mut ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
+        match ahead.take() {
+            Some((other, numbers)) if other == tensor && wanted.starts_with(&numbers) => {}
+            Some(_) => {
+                // An operator ended early.
+                drop(self.wait());
+                self.wish(tensor, wanted);
+            }
+            None => self.wish(tensor, wanted),
+        }
+        let frames = self.wait()?;
+        let rest = wanted.get(frames.len()..).unwrap_or(&[]);
+        if !rest.is_empty() {
+            self.wish(tensor, rest);
+            *ahead = Some((tensor, rest[..rest.len().min(WINDOW)].to_vec()));
+        }
+        Ok(frames)
     }
 }
 
@@ -103,7 +138,7 @@ pub fn run_on_blocks(
     let close = Close(exchange.clone());
     let result = worker::run_interruptible(
         move |cancel, bell| {
-            let source = Arc::new(Remote { exchange: theirs, bell: bell.clone() });
+            let source = Arc::new(Remote::new(theirs, bell.clone()));
             plan.run_on_blocks(inputs, source, cancel)
         },
         &mut || {
@@ -141,7 +176,7 @@ mod tests {
         let _close = Close(exchange.clone());
         worker::run_interruptible(
             move |cancel, bell| {
-                let remote = Arc::new(Remote { exchange: theirs, bell: bell.clone() });
+                let remote = Arc::new(Remote::new(theirs, bell.clone()));
                 let tiling = Tiling::new(&[1, 1000], View::RowsByLast, DType::Float32, 64).unwrap();
                 let tensor = StoredTensor { ordinal: 0, dims: vec![1, 1000], tiling };
                 let wanted: Vec<u32> = (0..60).collect();

@@ -5,7 +5,7 @@
 //!
 //! Invariants:
 //! - an operator holds few frames at a time ([`WINDOW`]), works with as few as one, and holds none while it asks for
-//!   more: so a cache of two frames is enough for a run;
+//!   more; a source may get the next ones ready meanwhile. So a cache of two frames is enough for a run;
 //! - between two blocks the run's cancel flag is looked at;
 //! - frames are released by dropping them, on whatever thread and whether unwinding or not.
 
@@ -30,7 +30,8 @@ pub trait BlockSource: Send + Sync {
     /// Pins blocks of the stored tensor `tensor` (its ordinal in the graph). `wanted` are block numbers in the order in
     /// which they will be used: number `block_row * block_cols + block_col` of the tensor's tiling.
     ///
-    /// Gives frames for the leading blocks of `wanted`, as many as can be had at a time, at least one.
+    /// Gives frames for the leading blocks of `wanted`: as many as can be had at a time, at least one, at most [`WINDOW`].
+    /// The others tell what will be wanted next.
     ///
     /// # Errors
     /// `Cancelled`, and what reading a block from where it is stored may raise.
@@ -91,9 +92,9 @@ pub fn for_each_block(
         .ok_or_else(|| ModelError::internal("a block operator runs without a source of blocks"))?;
     let mut done = 0;
     while done < wanted.len() {
-        let ask = &wanted[done..wanted.len().min(done + WINDOW)];
+        let ask = &wanted[done..];
         let frames = source.pin(tensor.ordinal, ask)?;
-        if frames.is_empty() || frames.len() > ask.len() {
+        if frames.is_empty() || frames.len() > ask.len().min(WINDOW) {
             return Err(ModelError::internal("the source of blocks gave another number of frames"));
         }
         for frame in frames {
@@ -194,6 +195,7 @@ impl BlockSource for PrivateBlocks {
         let blocks = self.tensors.get(tensor as usize).and_then(Option::as_ref).ok_or_else(missing)?;
         wanted
             .iter()
+            .take(WINDOW)
             .map(|&block| {
                 let block = blocks.get(block as usize).ok_or_else(missing)?;
                 Ok(Box::new(Shared(block.clone())) as Box<dyn Frame>)
