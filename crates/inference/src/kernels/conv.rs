@@ -343,7 +343,7 @@ fn chunk_of_group<F: Filters>(
                 let from = (number * layout.period + row - chunk.rows.start) * layout.width;
                 let start = plane + row * width;
                 let to = &mut out[start..start + width];
-                to.copy_from_slice(&values[from..from + width]);
+                copy_row(to, &values[from..from + width]);
                 if let Some(added) = after.added {
                     line(to, scale, bias, &added[start..start + width], after.activation);
                 }
@@ -400,13 +400,43 @@ fn fill<'a>(
         if middle.is_empty() {
             continue;
         }
-        if right == 1 {
-            middle.copy_from_slice(&source[start..start + middle.len()]);
-        } else {
-            for (to, from) in middle.iter_mut().zip(source[start..].iter().step_by(right)) {
-                *to = *from;
+        match right {
+            1 => copy_row(middle, &source[start..start + middle.len()]),
+            2 => every_second(middle, &source[start..]),
+            _ => {
+                for (to, from) in middle.iter_mut().zip(source[start..].iter().step_by(right)) {
+                    *to = *from;
+                }
             }
         }
+    }
+}
+
+/// Copies a row. Most rows are so short that a call of memcpy would cost more than the copy.
+#[inline(always)]
+fn copy_row(to: &mut [f32], from: &[f32]) {
+    if to.len() > 32 {
+        return to.copy_from_slice(from);
+    }
+    let (mut to, mut from) = (to.chunks_exact_mut(4), from.chunks_exact(4));
+    for (to, from) in (&mut to).zip(&mut from) {
+        to.copy_from_slice(from);
+    }
+    for (to, from) in to.into_remainder().iter_mut().zip(from.remainder()) {
+        *to = *from;
+    }
+}
+
+/// Takes elements 0, 2, 4, ...; the pairs let the compiler shuffle vectors.
+#[inline(always)]
+fn every_second(to: &mut [f32], from: &[f32]) {
+    let whole = from.len() / 2;
+    let (paired, rest) = to.split_at_mut(whole.min(to.len()));
+    for (to, pair) in paired.iter_mut().zip(from.chunks_exact(2)) {
+        *to = pair[0];
+    }
+    if let (Some(to), Some(from)) = (rest.first_mut(), from.get(whole * 2)) {
+        *to = *from;
     }
 }
 
