@@ -73,6 +73,24 @@ impl Geometry {
         size[0] * size[1]
     }
 
+    /// The same convolution, of pictures of one row instead of one column: rows are what is worked along.
+    fn lying(&self) -> Geometry {
+        let upright = self.input[1] == 1 && self.output[1] == 1 && self.kernel[1] == 1 && self.pad[1] == 0;
+        if !upright {
+            return *self;
+        }
+        let turn = |[rows, columns]: [usize; 2]| [columns, rows];
+        Geometry {
+            input: turn(self.input),
+            output: turn(self.output),
+            kernel: turn(self.kernel),
+            stride: turn(self.stride),
+            dilation: turn(self.dilation),
+            pad: turn(self.pad),
+            ..*self
+        }
+    }
+
     /// Whether each output pixel is of the one input pixel at the same place.
     fn pointwise(&self) -> bool {
         self.kernel == [1, 1] && self.stride == [1, 1] && self.pad == [0, 0] && self.input == self.output
@@ -213,6 +231,7 @@ pub fn conv<F: Filters>(
     if out.is_empty() {
         return Ok(());
     }
+    let geometry = &geometry.lying();
     let layout = Layout::new(geometry);
     let mut scratch = SCRATCH.take();
     let mut done = Ok(());

@@ -69,14 +69,17 @@ fn convolutions_of_random_shapes_are_those_of_the_definition() {
         let channels = groups * if groups == 8 { 1 } else { random.between(1, most) };
         let filters = groups * random.between(1, if groups == 8 { 2 } else { most });
         let pick = |random: &mut Random, most: usize| [random.between(1, most), random.between(1, most)];
-        let (kernel, stride, dilation) = match random.below(4) {
+        let (mut kernel, stride, dilation) = match random.below(4) {
             0 => ([3, 3], [1, 1], [1, 1]),
             1 => ([1, 1], pick(&mut random, 2), [1, 1]),
             _ => (pick(&mut random, 5), pick(&mut random, 3), pick(&mut random, 3)),
         };
-        let input = pick(&mut random, if wide { 33 } else { 19 });
-        let pad = [random.below(4), random.below(4)];
-        let behind = [random.below(4), random.below(4)];
+        let mut input = pick(&mut random, if wide { 33 } else { 19 });
+        let mut pad = [random.below(4), random.below(4)];
+        let mut behind = [random.below(4), random.below(4)];
+        if random.below(8) == 0 {
+            (kernel[1], input[1], pad[1], behind[1]) = (1, 1, 0, 0);
+        }
         let images = random.between(1, 5);
         let size = |axis: usize| {
             let whole = pad[axis] + input[axis] + behind[axis];

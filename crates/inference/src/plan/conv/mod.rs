@@ -59,6 +59,11 @@ impl Eq for Convolution {}
 
 /// Puts our convolution in the places of tract's.
 pub(super) fn place(model: &mut TypedModel) -> TractResult<()> {
+    if !model.nodes.iter().any(|node| node.op_is::<Conv>()) {
+        return Ok(());
+    }
+    // Biases come through casts and changes of shape.
+    model.prop_consts()?;
     let mut placed = false;
     for id in 0..model.nodes.len() {
         let Some(op) = instead_of(model, id)? else { continue };
