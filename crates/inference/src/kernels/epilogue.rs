@@ -61,14 +61,14 @@ pub fn finish(out: &mut [f32], stride: usize, (rows, columns): (usize, usize), b
         Bias::None => {}
     }
     if stride == columns && !matches!(bias, Bias::PerColumn(_) | Bias::PerRow(_)) {
-        return line(&mut out[..rows * columns], 0.0, &[], activation);
+        return line(&mut out[..rows * columns], 1.0, 0.0, &[], activation);
     }
     for row in 0..rows {
         let values = &mut out[row * stride..][..columns];
         match bias {
-            Bias::None => line(values, 0.0, &[], activation),
-            Bias::PerRow(bias) => line(values, bias[row], &[], activation),
-            Bias::PerColumn(bias) => line(values, 0.0, &bias[..columns], activation),
+            Bias::None => line(values, 1.0, 0.0, &[], activation),
+            Bias::PerRow(bias) => line(values, 1.0, bias[row], &[], activation),
+            Bias::PerColumn(bias) => line(values, 1.0, 0.0, &bias[..columns], activation),
         }
     }
 }
@@ -76,60 +76,63 @@ pub fn finish(out: &mut [f32], stride: usize, (rows, columns): (usize, usize), b
 /// Applies an activation.
 pub fn activate(values: &mut [f32], activation: Activation) {
     if activation != Activation::Identity {
-        line(values, 0.0, &[], activation);
+        line(values, 1.0, 0.0, &[], activation);
     }
 }
 
-/// One row: `offset` is added to all values, `bias` to each its own if there is any.
-fn line(values: &mut [f32], offset: f32, bias: &[f32], activation: Activation) {
+/// One row: `values = activation(values * scale + offset + added)`, where `added` is empty or as long as `values`.
+pub(super) fn line(values: &mut [f32], scale: f32, offset: f32, added: &[f32], activation: Activation) {
+    debug_assert!(added.is_empty() || added.len() == values.len());
     match level() {
         // SAFETY: the level says that the processor has these features.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => unsafe { line_avx512(values, offset, bias, activation) },
+        Level::Avx512 => unsafe { line_avx512(values, scale, offset, added, activation) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => unsafe { line_avx2(values, offset, bias, activation) },
-        Level::Base => line_body(values, offset, bias, activation),
+        Level::Avx2 => unsafe { line_avx2(values, scale, offset, added, activation) },
+        Level::Base => line_body(values, scale, offset, added, activation),
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512dq,avx512vl,avx2,fma")]
-fn line_avx512(values: &mut [f32], offset: f32, bias: &[f32], activation: Activation) {
-    line_body(values, offset, bias, activation);
+fn line_avx512(values: &mut [f32], scale: f32, offset: f32, added: &[f32], activation: Activation) {
+    line_body(values, scale, offset, added, activation);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn line_avx2(values: &mut [f32], offset: f32, bias: &[f32], activation: Activation) {
-    line_body(values, offset, bias, activation);
+fn line_avx2(values: &mut [f32], scale: f32, offset: f32, added: &[f32], activation: Activation) {
+    line_body(values, scale, offset, added, activation);
 }
 
 #[inline(always)]
-fn line_body(values: &mut [f32], offset: f32, bias: &[f32], activation: Activation) {
+fn line_body(values: &mut [f32], scale: f32, offset: f32, bias: &[f32], activation: Activation) {
     #[inline(always)]
-    fn each(values: &mut [f32], offset: f32, bias: &[f32], function: impl Fn(f32) -> f32) {
+    fn each(values: &mut [f32], scale: f32, offset: f32, bias: &[f32], function: impl Fn(f32) -> f32) {
         if bias.is_empty() {
             for value in values {
-                *value = function(*value + offset);
+                *value = function(*value * scale + offset);
             }
         } else {
             for (value, bias) in values.iter_mut().zip(bias) {
-                *value = function(*value + bias);
+                *value = function(*value * scale + offset + bias);
             }
         }
     }
     match activation {
-        Activation::Identity => each(values, offset, bias, |x| x),
-        Activation::Relu => each(values, offset, bias, |x| if x < 0.0 { 0.0 } else { x }),
-        Activation::LeakyRelu(slope) => each(values, offset, bias, |x| if x < 0.0 { x * slope } else { x }),
-        Activation::Clip(low, high) => each(values, offset, bias, |x| clip(x, low, high)),
-        Activation::Sigmoid => each(values, offset, bias, sigmoid),
-        Activation::Tanh => each(values, offset, bias, tanh),
-        Activation::Silu => each(values, offset, bias, |x| x * sigmoid(x)),
-        Activation::Gelu => each(values, offset, bias, gelu),
-        Activation::HardSigmoid(slope, start) => each(values, offset, bias, |x| clip(x * slope + start, 0.0, 1.0)),
-        Activation::HardSwish => each(values, offset, bias, |x| x * clip(x * (1.0 / 6.0) + 0.5, 0.0, 1.0)),
+        Activation::Identity => each(values, scale, offset, bias, |x| x),
+        Activation::Relu => each(values, scale, offset, bias, |x| if x < 0.0 { 0.0 } else { x }),
+        Activation::LeakyRelu(slope) => each(values, scale, offset, bias, |x| if x < 0.0 { x * slope } else { x }),
+        Activation::Clip(low, high) => each(values, scale, offset, bias, |x| clip(x, low, high)),
+        Activation::Sigmoid => each(values, scale, offset, bias, sigmoid),
+        Activation::Tanh => each(values, scale, offset, bias, tanh),
+        Activation::Silu => each(values, scale, offset, bias, |x| x * sigmoid(x)),
+        Activation::Gelu => each(values, scale, offset, bias, gelu),
+        Activation::HardSigmoid(slope, start) => {
+            each(values, scale, offset, bias, |x| clip(x * slope + start, 0.0, 1.0))
+        }
+        Activation::HardSwish => each(values, scale, offset, bias, |x| x * clip(x * (1.0 / 6.0) + 0.5, 0.0, 1.0)),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Kernels: the arithmetic of block operators on slices of float32, on one thread.
 //!
-//! Responsible for: products of matrices ([`gemm`]) and what is applied to them afterwards ([`epilogue`]), for any
+//! Responsible for: products of matrices ([`gemm`]), convolutions ([`conv`]) and what is applied to them afterwards ([`epilogue`]), for any
 //! processor of the target's family: the widest vectors are chosen when the process first computes.
 //!
 //! Invariants:
@@ -9,6 +9,7 @@
 //! - `unsafe` is confined to [`lanes`], [`micro`], [`gemm`] and [`epilogue`], behind functions that check what they are
 //!   given once.
 
+pub mod conv;
 pub mod epilogue;
 pub mod gemm;
 mod lanes;

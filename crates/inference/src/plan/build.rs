@@ -303,8 +303,11 @@ fn typed(
     proceed(cancel)?;
     check_sizes(&typed, options)?;
     super::repair::repair(&mut typed);
+    // Before tract rewrites its own.
+    super::conv::place(&mut typed).map_err(|error| failure("placing the convolutions", &error))?;
     typed.declutter().map_err(|error| failure("simplifying the graph", &error))?;
     proceed(cancel)?;
+    super::conv::fuse(&mut typed).map_err(|error| failure("fusing the convolutions", &error))?;
     place_on_blocks(&mut typed, options.memory_limit)?;
     proceed(cancel)?;
     Ok(typed)

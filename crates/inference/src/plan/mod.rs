@@ -17,6 +17,7 @@ mod branch;
 mod build;
 mod cast;
 mod classical;
+mod conv;
 mod legacy;
 mod modulo;
 mod names;

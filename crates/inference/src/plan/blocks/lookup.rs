@@ -92,7 +92,7 @@ impl EvalOp for BlockLookup {
 }
 
 /// The error for a block that is not as long as its tile.
-pub(super) fn short_block(tensor: &StoredTensor) -> ModelError {
+pub(in crate::plan) fn short_block(tensor: &StoredTensor) -> ModelError {
     ModelError::internal(format!("a block of tensor {} has the wrong length", tensor.ordinal))
 }
 

@@ -21,6 +21,8 @@ use tract_onnx::tract_core::ops::konst::Const;
 use tract_onnx::tract_hir::internal::*;
 use view::StoredView;
 
+pub(in crate::plan) use lookup::short_block;
+
 /// A tensor that lies in blocks, as a node of a graph that is being compiled. It has no value of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct StoredConst {
@@ -92,7 +94,7 @@ pub(super) fn carried(error: &TractError) -> Option<ModelError> {
     error.chain().find_map(|cause| cause.downcast_ref::<Carried>()).map(|carried| carried.0.clone())
 }
 
-fn carry<T>(result: Result<T, ModelError>) -> TractResult<T> {
+pub(super) fn carry<T>(result: Result<T, ModelError>) -> TractResult<T> {
     result.map_err(|error| TractError::from(Carried(error)))
 }
 
