@@ -1,7 +1,7 @@
 # Every command of the project. `make help` lists them.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint setup models build start stop psql env install uninstall bench bench-storage pg-regress clean
+.PHONY: help demo test test-full lint setup models build start stop psql env install uninstall bench bench-storage bench-cache pg-regress clean
 
 help: ## lists these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ bench: models build ## rows/s and MB/s beside PL/Python with ONNX Runtime, in on
 
 bench-storage: models build ## what the block store costs beside heap: loads, WAL, reads
 	@benches/run-storage
+
+bench-cache: setup ## hit ratios of the block cache's policies beside the clairvoyant optimum
+	@benches/run-cache-trace
 
 setup: ## installs what is missing: packages, cargo-pgrx, private servers, Python packages
 	@scripts/setup

@@ -62,8 +62,9 @@ pg_bin() {
     case $1 in
     15) printf '%s' "$PG15_BIN" ;;
     18) printf '%s' "$PG18_BIN" ;;
+    test) printf '%s' "$PRIVATE/pgrx-servers/${PG15_BIN#"$PRIVATE"/}" ;; # 15 with the extension's test functions
     assert) printf '%s' "$PRIVATE/pg-regress/server/bin" ;; # 15 from source, see setup-pg-regress
-    *) die "there is no private PostgreSQL $1 here: 15, 18 or assert" ;;
+    *) die "there is no private PostgreSQL $1 here: 15, 18, test or assert" ;;
     esac
 }
 # The private server's pg_config with that directory asked for, for example `pg_dir 15 pkglibdir`.

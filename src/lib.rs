@@ -1,7 +1,7 @@
 //! pg_tessera: PostgreSQL serves the models that live in it.
 //!
 //! Floors, each using only those below it: `functions` (SQL functions), `catalog` (models in tables), `table_am` (the
-//! access method), `store` (the block store in pages), `pg` (guards over `pg_sys`). See docs/architecture.md.
+//! access method), `cache` (tensor blocks in memory), `store` (the block store in pages), `pg` (guards over `pg_sys`). See docs/architecture.md.
 
 use pgrx::prelude::*;
 
@@ -27,7 +27,8 @@ extension_sql_file!("../sql/access_method.sql", name = "access_method", requires
 extension_sql_file!("../sql/catalog.sql", name = "catalog", requires = ["access_method"]);
 extension_sql_file!("../sql/functions.sql", name = "functions", requires = ["catalog"]);
 extension_sql_file!("../sql/maintenance.sql", name = "maintenance", requires = ["functions"]);
-extension_sql_file!("../sql/views.sql", name = "views", requires = ["maintenance"], finalize);
+extension_sql_file!("../sql/views.sql", name = "views", requires = ["maintenance"]);
+extension_sql_file!("../sql/cache.sql", name = "cache", requires = ["views"], finalize);
 
 /// Required by `cargo pgrx test`.
 #[cfg(test)]

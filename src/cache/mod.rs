@@ -38,7 +38,7 @@ pub use area::init;
 pub use check::check;
 pub use models::{ModelSlot, keep, model_slot, note_run, release};
 pub use pin::{Pin, is_cached, pin};
-pub use view::{Counts, FrameView, ModelView, Totals, frames, models, reset, totals};
+pub use view::{Counts, FrameView, frames, models, reset, totals};
 
 /// Identity of a block: what [`tensor_blocks::block_hash`] gives, and the number of bytes of its elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

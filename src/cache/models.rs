@@ -15,7 +15,11 @@ use std::collections::HashMap;
 use std::sync::atomic::Ordering::Relaxed;
 
 /// Runs after which a run counts half.
-const HALF_LIFE: f64 = 1024.0;
+const HALF_LIFE: f64 = 512.0;
+/// What the rates of all models add up to in the long run.
+const WINDOW: f64 = HALF_LIFE / std::f64::consts::LN_2;
+/// Average gaps between its runs for which a model may be silent: by chance it is so once in 55 times.
+const PATIENCE: f64 = 4.0;
 /// Runs without one of its own after which a model loses its slot, if another needs one.
 const IDLE: u64 = 1024;
 /// Most models that can be kept.
@@ -137,6 +141,14 @@ pub fn note_run(slot: ModelSlot) {
     slot.rated_at.store(now, Relaxed);
 }
 
+/// The access rate of a model, in runs per `WINDOW` runs of all. One that did not run for several times as long as it used
+/// to wait between two runs has probably stopped, and loses its rate at once instead of by decay.
+fn expected_rate(slot: &Slot, now: u64) -> f64 {
+    let rate = rate_at(slot, now);
+    let gaps = now.saturating_sub(slot.rated_at.load(Relaxed)) as f64 * rate / WINDOW;
+    rate * (PATIENCE - gaps).min(0.0).exp()
+}
+
 /// The decayed number of a model's runs.
 fn rate_at(slot: &Slot, now: u64) -> f64 {
     let age = now.saturating_sub(slot.rated_at.load(Relaxed)) as f64;
@@ -146,7 +158,7 @@ fn rate_at(slot: &Slot, now: u64) -> f64 {
 /// The access rates of all slots.
 pub(super) fn rates(area: &Area) -> [f32; SLOTS] {
     let now = area.header.runs.load(Relaxed);
-    std::array::from_fn(|n| rate_at(&area.slots[n], now) as f32)
+    std::array::from_fn(|n| expected_rate(&area.slots[n], now) as f32)
 }
 
 /// Marks a model: its blocks are evicted last, for at most half of the cache. False if too many are marked already.

@@ -56,5 +56,13 @@ pub fn frames() -> usize {
 
 /// The policy.
 pub fn policy() -> Policy {
+    #[cfg(any(test, feature = "pg_test"))]
+    if let Some(policy) = WISHED.get() {
+        return *policy;
+    }
     POLICY.get()
 }
+
+/// Of a test that wants another policy in its own process.
+#[cfg(any(test, feature = "pg_test"))]
+pub static WISHED: std::sync::OnceLock<Policy> = std::sync::OnceLock::new();

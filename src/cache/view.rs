@@ -2,6 +2,7 @@
 
 use super::area::existing;
 use super::layout::{Counters, FRAME_BYTES, NONE, SLOTS, State};
+use super::settings;
 use pgrx::pg_sys::Oid;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -41,6 +42,7 @@ pub struct ModelView {
 }
 
 /// The whole cache.
+#[derive(Default)]
 pub struct Totals {
     /// Whether all processes share it.
     pub shared: bool,
@@ -110,8 +112,7 @@ pub fn models() -> Vec<ModelView> {
         }
         let entry = &area.entries[entry as usize];
         let (owners, bytes) = (entry.owners.load(Relaxed), entry.bytes.load(Relaxed));
-        for (s, size) in sizes.iter_mut().enumerate().filter(|(s, _)| owners & (1 << s) != 0) {
-            debug_assert!(s < SLOTS);
+        for (_, size) in sizes.iter_mut().enumerate().filter(|(s, _)| owners & (1 << s) != 0) {
             *size = (size.0 + 1, size.1 + u64::from(bytes));
         }
     }
@@ -132,9 +133,13 @@ pub fn models() -> Vec<ModelView> {
     (1..SLOTS).filter_map(view).collect()
 }
 
-/// Counts of the whole cache. `None` if this process would have one of its own and has none yet.
-pub fn totals() -> Option<Totals> {
-    let area = existing()?;
+/// Counts of the whole cache.
+pub fn totals() -> Totals {
+    let Some(area) = existing() else {
+        // This process would have one of its own, and has none yet.
+        let frames = settings::frames() as u64;
+        return Totals { frames, bytes: frames * FRAME_BYTES as u64, ..Totals::default() };
+    };
     let (mut used, mut pinned, mut bytes) = (0, 0, 0);
     for frame in area.frames {
         let entry = frame.entry.load(Relaxed);
@@ -145,7 +150,7 @@ pub fn totals() -> Option<Totals> {
         pinned += u64::from(frame.pins.load(Relaxed) != 0);
     }
     let reset = area.header.reset_at.load(Relaxed) as i64;
-    Some(Totals {
+    Totals {
         shared: area.region.is_shared(),
         frames: area.frames.len() as u64,
         frames_used: used,
@@ -154,10 +159,10 @@ pub fn totals() -> Option<Totals> {
         bytes_used: bytes,
         counts: counts(&area.header.counters),
         reset_at: (reset != 0).then_some(reset),
-    })
+    }
 }
 
-/// Sets the counts to zero: all of them, or those of one database's models.
+/// Sets the counts to zero.
 pub fn reset(now: i64) {
     let Some(area) = existing() else { return };
     for counter in area.header.counters.all() {

@@ -4,9 +4,11 @@
 mod blocks;
 mod names;
 mod read;
+mod visible;
 mod write;
 
 pub use blocks::{BlockRef, OpenWeights, block_refs, prefetch_block, read_block};
 pub use names::{ModelSpec, check_name};
 pub use read::{TensorRow, graph, read_tensor, resolve, signature_of_content, tensors};
-pub use write::{NewVersion, activate, drop_model, drop_orphans, rename, store};
+pub use visible::visible_contents;
+pub use write::{NewVersion, activate, check_owner, drop_model, drop_orphans, rename, store};

@@ -124,6 +124,11 @@ fn find_owned(client: &mut SpiClient<'_>, name: &str, caller: pg_sys::Oid) -> Re
     Ok(model)
 }
 
+/// Raises an ERROR unless the model exists and belongs to the current role.
+pub fn check_owner(name: &str) {
+    as_owner(|client, caller| find_owned(client, name, caller).map(|_| ()));
+}
+
 fn domain_name(name: &str) -> String {
     pgrx::spi::quote_qualified_identifier("tessera_model", name)
 }

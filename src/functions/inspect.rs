@@ -98,14 +98,6 @@ fn count_references(table: pg_sys::Relation, store_oid: pg_sys::Oid) -> (u64, u6
 }
 
 fn record(call: &Call, values: &[i64]) -> pg_sys::Datum {
-    // SAFETY: the SQL declaration gives the function's row type: as many bigint columns as there are values.
-    unsafe {
-        let mut desc = std::ptr::null_mut();
-        pg_sys::get_call_result_type(call.raw(), std::ptr::null_mut(), &mut desc);
-        let desc = pg_sys::BlessTupleDesc(desc);
-        let mut datums: Vec<pg_sys::Datum> = values.iter().map(|&v| pg_sys::Datum::from(v)).collect();
-        let mut nulls = vec![false; values.len()];
-        let tuple = pg_sys::heap_form_tuple(desc, datums.as_mut_ptr(), nulls.as_mut_ptr());
-        pg_sys::HeapTupleHeaderGetDatum((*tuple).t_data)
-    }
+    let values: Vec<_> = values.iter().map(|&v| Some(pg_sys::Datum::from(v))).collect();
+    call.record(&values)
 }

@@ -1,6 +1,7 @@
 //! SQL functions and views. Each file has the functions of one subject; their SQL declarations stand in `sql/`.
 
 mod block_type;
+mod cache;
 mod inspect;
 mod lifecycle;
 mod load;

@@ -61,6 +61,21 @@ impl Call {
         pg_sys::Datum::from(0)
     }
 
+    /// A row of the function's row type: a datum for each column, `None` for NULL.
+    pub fn record(&self, row: &[Option<pg_sys::Datum>]) -> pg_sys::Datum {
+        let mut values: Vec<pg_sys::Datum> = row.iter().map(|v| v.unwrap_or(pg_sys::Datum::from(0))).collect();
+        let mut nulls: Vec<bool> = row.iter().map(Option::is_none).collect();
+        // SAFETY: the SQL declaration gives the function's row type: as many columns as there are values, of their types.
+        unsafe {
+            let mut desc = std::ptr::null_mut();
+            pg_sys::get_call_result_type(self.fcinfo, std::ptr::null_mut(), &mut desc);
+            assert_eq!((*desc).natts as usize, row.len(), "columns of the declaration");
+            let desc = pg_sys::BlessTupleDesc(desc);
+            let tuple = pg_sys::heap_form_tuple(desc, values.as_mut_ptr(), nulls.as_mut_ptr());
+            pg_sys::HeapTupleHeaderGetDatum((*tuple).t_data)
+        }
+    }
+
     /// The raw call.
     pub fn raw(&self) -> pg_sys::FunctionCallInfo {
         self.fcinfo

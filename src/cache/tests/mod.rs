@@ -1,4 +1,6 @@
 //! Tests of the cache with artificial blocks.
 
 pub mod blocks;
+mod functions;
 mod one_process;
+mod policies;

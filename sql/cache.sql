@@ -1,0 +1,47 @@
+-- The block cache: what is in it, and what shall stay. Views show a role only frames of this database, and of models that it
+-- may predict with.
+CREATE FUNCTION tessera.cache_frames(OUT frame integer, OUT bytes integer, OUT pins integer, OUT state text, OUT models text[])
+    RETURNS SETOF record LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED AS 'MODULE_PATHNAME', 'tessera_cache_frames';
+COMMENT ON FUNCTION tessera.cache_frames() IS 'frames of the block cache that hold blocks of models of this database; read tessera.block_cache';
+CREATE VIEW tessera.block_cache AS SELECT frame, bytes, pins, state, models FROM tessera.cache_frames();
+COMMENT ON VIEW tessera.block_cache IS 'frames of the block cache that hold blocks of models of this database: bytes of the block, how often it is pinned, and the models that used it, as name@version';
+
+CREATE FUNCTION tessera.cache_totals(OUT shared boolean, OUT frames bigint, OUT frames_used bigint, OUT frames_pinned bigint,
+    OUT bytes bigint, OUT bytes_used bigint, OUT hits bigint, OUT misses bigint, OUT loads bigint, OUT bytes_loaded bigint,
+    OUT evictions bigint, OUT waits bigint, OUT fallbacks bigint, OUT stats_reset timestamptz)
+    RETURNS record LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED AS 'MODULE_PATHNAME', 'tessera_cache_totals';
+COMMENT ON FUNCTION tessera.cache_totals() IS 'counts of the whole block cache; read tessera.block_cache_stats';
+CREATE VIEW tessera.block_cache_stats AS
+    SELECT shared, frames, frames_used, frames_pinned, bytes, bytes_used, hits, misses,
+           CASE WHEN hits + misses > 0 THEN round(hits::numeric / (hits + misses), 4) END AS hit_ratio,
+           loads, bytes_loaded, evictions, waits, fallbacks, stats_reset
+    FROM tessera.cache_totals();
+COMMENT ON VIEW tessera.block_cache_stats IS 'one row about the block cache: whether all sessions share it, its size, and since stats_reset the blocks that were found and missed, loaded into frames, evicted, waited for while another session loaded them, and read into private memory';
+
+CREATE FUNCTION tessera.cache_models(OUT models text[], OUT kept boolean, OUT runs bigint, OUT frames bigint, OUT bytes bigint,
+    OUT hits bigint, OUT misses bigint, OUT loads bigint, OUT bytes_loaded bigint, OUT waits bigint, OUT fallbacks bigint)
+    RETURNS SETOF record LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED AS 'MODULE_PATHNAME', 'tessera_cache_models';
+COMMENT ON FUNCTION tessera.cache_models() IS 'models of this database that used the block cache; read tessera.block_cache_models';
+CREATE VIEW tessera.block_cache_models AS
+    SELECT models, kept, runs, frames, bytes, hits, misses,
+           CASE WHEN hits + misses > 0 THEN round(hits::numeric / (hits + misses), 4) END AS hit_ratio,
+           loads, bytes_loaded, waits, fallbacks
+    FROM tessera.cache_models();
+COMMENT ON VIEW tessera.block_cache_models IS 'tessera.block_cache_stats by model; versions with equal content are one. Up to 63 models that are in use have a row, shared frames count for each';
+GRANT SELECT ON tessera.block_cache, tessera.block_cache_stats, tessera.block_cache_models TO PUBLIC;
+
+CREATE FUNCTION tessera.check_cache(OUT problem text, OUT frame integer, OUT detail text) RETURNS SETOF record
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED AS 'MODULE_PATHNAME', 'tessera_check_cache';
+COMMENT ON FUNCTION tessera.check_cache() IS 'a row for each broken invariant of the block cache; none when it is sound. Stops all use of the cache for a moment';
+CREATE FUNCTION reset_cache_stats() RETURNS void
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED AS 'MODULE_PATHNAME', 'tessera_reset_cache_stats';
+COMMENT ON FUNCTION reset_cache_stats() IS 'sets the counts of tessera.block_cache_stats and tessera.block_cache_models to zero';
+REVOKE ALL ON FUNCTION tessera.check_cache(), reset_cache_stats() FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION tessera.check_cache() TO pg_monitor;
+
+CREATE FUNCTION keep_model(name text) RETURNS void
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED AS 'MODULE_PATHNAME', 'tessera_keep_model';
+COMMENT ON FUNCTION keep_model(text) IS 'marks a version of a model: its blocks leave the block cache last, as long as they fit in half of it. The mark lasts until release_model or a restart of the server';
+CREATE FUNCTION release_model(name text) RETURNS boolean
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED AS 'MODULE_PATHNAME', 'tessera_release_model';
+COMMENT ON FUNCTION release_model(text) IS 'takes the mark of keep_model away; false if there was none';

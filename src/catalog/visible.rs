@@ -1,0 +1,39 @@
+//! Which models a role may see.
+
+use crate::pg::identity;
+use pgrx::prelude::*;
+use std::collections::HashMap;
+
+/// `name@version` of the versions with each content hash, of the models that the current role may predict with.
+pub fn visible_contents() -> HashMap<[u8; 32], Vec<String>> {
+    let rows = identity::as_extension_owner(|caller| {
+        Spi::connect(|client| {
+            let table = client.select(
+                "SELECT v.content_hash, m.name || '@' || v.version FROM tessera.model m JOIN tessera.model_version v ON v.model = m.id
+                 WHERE pg_catalog.has_type_privilege($1, m.domain::oid, 'USAGE') ORDER BY m.name, v.version",
+                None,
+                &[caller.into()],
+            )?;
+            let mut rows = Vec::new();
+            for row in table {
+                rows.push((row.get::<Vec<u8>>(1)?, row.get::<String>(2)?));
+            }
+            Ok::<_, pgrx::spi::Error>(rows)
+        })
+    });
+    let rows = rows.unwrap_or_else(|e| {
+        crate::pg::error::raise(
+            PgSqlErrorCode::ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
+            "the models of this database cannot be read",
+            &e.to_string(),
+            "",
+        )
+    });
+    let mut contents: HashMap<[u8; 32], Vec<String>> = HashMap::new();
+    for (hash, name) in rows {
+        if let (Some(hash), Some(name)) = (hash.and_then(|hash| hash.try_into().ok()), name) {
+            contents.entry(hash).or_default().push(name);
+        }
+    }
+    contents
+}
