@@ -45,3 +45,6 @@ COMMENT ON FUNCTION keep_model(text) IS 'marks a version of a model: its blocks 
 CREATE FUNCTION release_model(name text) RETURNS boolean
     LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED AS 'MODULE_PATHNAME', 'tessera_release_model';
 COMMENT ON FUNCTION release_model(text) IS 'takes the mark of keep_model away; false if there was none';
+CREATE FUNCTION warm_model(name text) RETURNS bigint
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED AS 'MODULE_PATHNAME', 'tessera_warm_model';
+COMMENT ON FUNCTION warm_model(text) IS 'loads the blocks of a version of a model into the block cache; returns how many were found or put there. In a cache that is smaller than the model, later blocks replace earlier ones';

@@ -8,7 +8,16 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::collections::HashMap;
 
-sql_functions!(cache_frames, cache_totals, cache_models, check_cache, reset_cache_stats, keep_model, release_model);
+sql_functions!(
+    cache_frames,
+    cache_totals,
+    cache_models,
+    check_cache,
+    reset_cache_stats,
+    keep_model,
+    release_model,
+    warm_model
+);
 
 fn database() -> pg_sys::Oid {
     // SAFETY: set once, when the session begins.
@@ -106,4 +115,12 @@ fn keep_model(call: &Call) -> pg_sys::Datum {
 
 fn release_model(call: &Call) -> pg_sys::Datum {
     pg_sys::Datum::from(cache::release(database(), &owned_content(call)))
+}
+
+/// `warm_model(name)`: loads the model's blocks into the cache, as far as there is room; how many of them were put there or
+/// found there.
+fn warm_model(call: &Call) -> pg_sys::Datum {
+    let model = super::predict::model_of(call.need(0, "name"));
+    let ordinals = model.plan.stored_tensors().iter().map(|tensor| tensor.ordinal);
+    pg_sys::Datum::from(model.blocks.warm(ordinals) as i64)
 }

@@ -103,6 +103,7 @@ pub(super) fn prepare_model(
     let mut store = Store { fetch, weights: 0, limit: options.memory_limit, buffer: Vec::new() };
     let (mut constants, mut stored) = (HashMap::new(), HashMap::new());
     if let Some(graph) = &mut model.graph {
+        large_constants_become_initializers(graph, blocks, options);
         let usable = names_for_blocks(graph);
         let initializers = std::mem::take(&mut graph.initializer);
         let mut inputs = std::mem::take(&mut graph.input);
@@ -164,6 +165,28 @@ fn stored_tensor(
     Ok(Some(StoredTensor { ordinal, dims, tiling: tiling.clone() }))
 }
 
+/// Some exporters write weights as Constant nodes: those that may stay in blocks are made initializers.
+fn large_constants_become_initializers(graph: &mut GraphProto, blocks: Blocks<'_>, options: &CompileOptions) {
+    let mut moved = Vec::new();
+    let outputs: HashSet<&str> = graph.output.iter().map(|output| output.name.as_str()).collect();
+    graph.node.retain_mut(|node| {
+        let ([output], [attribute]) = (&*node.output, &mut *node.attribute) else { return true };
+        let constant = node.op_type == "Constant" && matches!(node.domain.as_str(), "" | "ai.onnx");
+        if !constant || attribute.name != "value" || output.is_empty() || outputs.contains(output.as_str()) {
+            return true;
+        }
+        let Some(mut tensor) = attribute.t.take() else { return true };
+        if !matches!(stored_tensor(&tensor, true, blocks, options), Ok(Some(_))) {
+            attribute.t = Some(tensor);
+            return true;
+        }
+        tensor.name.clone_from(output);
+        moved.push(tensor);
+        false
+    });
+    graph.initializer.append(&mut moved);
+}
+
 /// The initializers whose every use may be one that block operators have, and whether that is so for any element type;
 /// others for float32 only.
 fn names_for_blocks(graph: &GraphProto) -> HashMap<String, bool> {
@@ -175,7 +198,7 @@ fn names_for_blocks(graph: &GraphProto) -> HashMap<String, bool> {
             let any_type = match (node.op_type.as_str(), place) {
                 _ if !default_domain => None,
                 ("Gather", 0) => Some(true),
-                ("MatMul" | "Gemm", 0 | 1) | ("Einsum", _) | ("Transpose", 0) => Some(false),
+                ("MatMul" | "Gemm", 0 | 1) | ("Einsum", _) | ("Transpose", 0) | ("Conv", 1) => Some(false),
                 _ => None,
             };
             match any_type {
