@@ -145,8 +145,7 @@ fn run(model: &Arc<Model>, inputs: Vec<(String, HostTensor)>) -> Vec<(String, Ho
     static GO_ON: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
     interrupt::check();
     let Model { plan, blocks } = &**model;
-    let on_blocks = !plan.stored_tensors().is_empty();
-    if on_blocks {
+    if !plan.stored_tensors().is_empty() {
         blocks.note_run();
     }
     let result = if plan.is_heavy(&inputs) {
@@ -157,10 +156,8 @@ fn run(model: &Arc<Model>, inputs: Vec<(String, HostTensor)>) -> Vec<(String, Ho
             shrink();
         }
         result
-    } else if on_blocks {
-        plan.run_on_blocks(inputs, blocks.clone(), &GO_ON)
     } else {
-        plan.run(inputs, &GO_ON)
+        plan.run_on_blocks(inputs, blocks.clone(), &GO_ON)
     };
     result.unwrap_or_else(|e| interrupt::raise_or_model(e))
 }

@@ -4,6 +4,7 @@ use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
 
 static PLAN_CACHE_SIZE: GucSetting<i32> = GucSetting::<i32>::new(256 * 1024);
 static INLINE_TENSOR_BYTES: GucSetting<i32> = GucSetting::<i32>::new(32 * 1024);
+static OPERATOR_MEMORY: GucSetting<i32> = GucSetting::<i32>::new(-1);
 static MAX_PREDICTION_MEMORY: GucSetting<i32> = GucSetting::<i32>::new(2 * 1024 * 1024);
 
 /// Registers the settings. Called once, when the library is loaded.
@@ -38,6 +39,16 @@ pub fn init() {
         GucContext::Userset,
         GucFlags::UNIT_BYTE,
     );
+    GucRegistry::define_int_guc(
+        c"tessera.operator_memory",
+        c"Sets the size above which a value that a prediction computes goes to a temporary file.",
+        c"-1 means four times work_mem, at least 64 MB. Values go to files where the operators that make and use them can work on slices.",
+        &OPERATOR_MEMORY,
+        -1,
+        i32::MAX,
+        GucContext::Userset,
+        GucFlags::UNIT_KB,
+    );
     #[cfg(not(feature = "pg14"))]
     // SAFETY: a static string; after all settings with this prefix are defined.
     unsafe {
@@ -53,6 +64,15 @@ pub fn plan_cache_bytes() -> u64 {
 /// Bytes below which a tensor is a part of the plan.
 pub fn inline_tensor_bytes() -> u64 {
     INLINE_TENSOR_BYTES.get() as u64
+}
+
+/// Bytes of a computed value above which it goes to a temporary file.
+pub fn operator_memory_bytes() -> u64 {
+    match OPERATOR_MEMORY.get() {
+        // SAFETY: a setting of PostgreSQL, in kB.
+        -1 => (4 * 1024 * unsafe { pgrx::pg_sys::work_mem } as u64).max(64 << 20),
+        kilobytes => kilobytes as u64 * 1024,
+    }
 }
 
 /// Bytes above which one prediction is refused.

@@ -7,9 +7,10 @@
 use crate::cache::{self, BlockKey, ModelSlot};
 use crate::catalog::{self, BlockRef, OpenWeights, TensorRow};
 use crate::pg::error;
+use crate::pg::temp_file::TempFile;
 use inference::error::ModelError;
 use inference::plan::Plan;
-use inference::weights::{BlockSource, Frame, WINDOW};
+use inference::weights::{BlockSource, Frame, SpillFile, WINDOW};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -178,5 +179,13 @@ fn missing(tensor: u32) -> ! {
 impl BlockSource for ModelBlocks {
     fn pin(&self, tensor: u32, wanted: &[u32]) -> Result<Vec<Box<dyn Frame>>, ModelError> {
         Ok(self.pins(tensor, wanted).into_iter().map(|pin| Box::new(pin) as Box<dyn Frame>).collect())
+    }
+
+    fn operator_memory(&self) -> u64 {
+        super::settings::operator_memory_bytes()
+    }
+
+    fn spill_file(&self) -> Result<Option<Box<dyn SpillFile>>, ModelError> {
+        Ok(Some(Box::new(TempFile::new())))
     }
 }

@@ -20,6 +20,7 @@ pub mod relation;
 pub mod scan;
 pub mod shmem;
 pub mod snapshot;
+pub mod temp_file;
 pub mod toast_index;
 pub mod tuple;
 pub mod vacuum;

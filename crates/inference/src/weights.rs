@@ -36,6 +36,34 @@ pub trait BlockSource: Send + Sync {
     /// # Errors
     /// `Cancelled`, and what reading a block from where it is stored may raise.
     fn pin(&self, tensor: u32, wanted: &[u32]) -> Result<Vec<Box<dyn Frame>>, ModelError>;
+
+    /// Bytes of a value above which it goes to a temporary file, where the operators allow it.
+    fn operator_memory(&self) -> u64 {
+        u64::MAX
+    }
+
+    /// A new, empty temporary file; none where there are no files.
+    ///
+    /// # Errors
+    /// What making it may raise.
+    fn spill_file(&self) -> Result<Option<Box<dyn SpillFile>>, ModelError> {
+        Ok(None)
+    }
+}
+
+/// A temporary file, gone when it is dropped.
+pub trait SpillFile: Send {
+    /// Writes behind what was written before.
+    ///
+    /// # Errors
+    /// What writing may raise.
+    fn append(&mut self, bytes: Vec<u8>) -> Result<(), ModelError>;
+
+    /// Reads `len` bytes from byte `offset`.
+    ///
+    /// # Errors
+    /// What reading may raise; `Internal` if there are not so many.
+    fn read(&mut self, offset: u64, len: usize) -> Result<Vec<u8>, ModelError>;
 }
 
 /// A tensor that a plan does not hold.
@@ -73,9 +101,16 @@ pub fn with_source<T>(source: Arc<dyn BlockSource>, cancel: Arc<AtomicBool>, run
     run()
 }
 
-/// True while a run of this thread has a source of blocks.
-pub(crate) fn has_source() -> bool {
-    RUN.with_borrow(Option::is_some)
+/// The source of blocks of this thread's run, if there is one.
+pub(crate) fn source() -> Option<Arc<dyn BlockSource>> {
+    RUN.with_borrow(|run| run.as_ref().map(|(source, _)| source.clone()))
+}
+
+/// # Errors
+/// `Cancelled` if this thread's run is to end.
+pub(crate) fn check_cancelled() -> Result<(), ModelError> {
+    let cancel = RUN.with_borrow(|run| run.as_ref().is_some_and(|(_, cancel)| cancel.load(Ordering::Relaxed)));
+    if cancel { Err(cancelled()) } else { Ok(()) }
 }
 
 /// Calls `each` with the place in `wanted` and the bytes of every wanted block, in order.

@@ -321,7 +321,7 @@ fn place_on_blocks(model: &mut TypedModel, limit: u64) -> Result<(), ModelError>
         if inline.is_empty() {
             return Ok(());
         }
-        if !weights::has_source() {
+        if weights::source().is_none() {
             return Err(ModelError::wants_inline(inline));
         }
         blocks::put_inline(model, &inline, limit)?;

@@ -30,6 +30,7 @@ mod repair;
 mod rewrite;
 mod run;
 mod runnable;
+mod spill;
 mod trees;
 
 #[cfg(test)]

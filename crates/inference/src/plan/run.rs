@@ -3,10 +3,12 @@
 use super::Shapes;
 use super::build::Runnable;
 use super::runnable::check_dynamic;
+use super::spill::Spills;
 use super::{Bindings, CompileOptions};
 use crate::error::ModelError;
 use crate::signature::{Dim, Port, Signature};
 use crate::tensor::HostTensor;
+use crate::weights;
 use crate::worker::cancelled;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tract_onnx::tract_core::plan::eval;
@@ -102,6 +104,8 @@ pub(super) fn run(
         .collect::<Result<TVec<TValue>, ModelError>>()?;
     drop(inputs);
     let mut stopped: Option<ModelError> = None;
+    let mut spills = weights::source().map(|source| Spills::new(source, options.memory_limit));
+    let model = runnable.plan.model();
     let mut state = runnable.plan.spawn().map_err(|error| failed(&error))?;
     let result = state.run_plan_with_eval(values, |context, op_state, node: &TypedNode, inputs| -> TractResult<_> {
         if cancel.load(Ordering::Relaxed) {
@@ -112,7 +116,10 @@ pub(super) fn run(
         if stopped.is_some() {
             bail!("stopped");
         }
-        eval(context, op_state, node, inputs)
+        match &mut spills {
+            Some(spills) => spills.run(model, context, op_state, node, inputs),
+            None => eval(context, op_state, node, inputs),
+        }
     });
     let outputs = match (result, stopped) {
         (_, Some(stop)) => return Err(stop),

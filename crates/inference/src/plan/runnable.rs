@@ -32,6 +32,8 @@ struct Step {
     values: TVec<Value>,
     /// Multiply-adds and divisions.
     work: TVec<TDim>,
+    /// Whether its values go to a temporary file if they are large.
+    can_spill: bool,
     /// Bytes that are known only while running, because a dimension depends on data.
     pub dynamic: bool,
 }
@@ -91,7 +93,8 @@ impl Runnable {
                 .filter(|(cost, _)| cost.is_compute())
                 .map(|(_, count)| count)
                 .collect();
-            steps.push(Step { node: id, values, work, dynamic: dynamic[id] });
+            let can_spill = super::spill::can_spill(model, node);
+            steps.push(Step { node: id, values, work, can_spill, dynamic: dynamic[id] });
         }
         Ok(Runnable { plan, names, bound, steps, dynamic, limit: options.memory_limit, last: Mutex::new(None) })
     }
@@ -125,12 +128,16 @@ impl Runnable {
     }
 
     fn measure(&self, symbols: &SymbolValues) -> Result<Demand, ModelError> {
+        let in_memory = crate::weights::source().map_or(u64::MAX, |source| source.operator_memory());
         let mut dropped = vec![0u64; self.steps.len()];
         let (mut alive, mut nanoseconds) = (0u64, 0u64);
         for (step, item) in self.steps.iter().enumerate() {
             let mut made = 0u64;
             for value in &item.values {
-                let bytes = value_bytes(value, symbols);
+                let mut bytes = value_bytes(value, symbols);
+                if item.can_spill && bytes.is_some_and(|bytes| bytes > in_memory) {
+                    bytes = Some(in_memory);
+                }
                 made = bytes
                     .and_then(|bytes| made.checked_add(bytes))
                     .filter(|made| *made <= self.limit)
@@ -157,9 +164,10 @@ impl Runnable {
         beyond_limit(&self.plan.model().nodes[step.node].name, bytes, self.limit)
     }
 
-    /// True when a run with these shapes may take longer than about 20 ms.
+    /// True when a run with these shapes may take longer than about 20 ms. One that is beyond the memory limit may be
+    /// within it where values can go to files, and is no quick one then.
     pub fn is_heavy(&self, shapes: &Shapes) -> bool {
-        self.demand(shapes).is_ok_and(|demand| demand.nanoseconds > HEAVY_NANOSECONDS)
+        self.demand(shapes).map_or(true, |demand| demand.nanoseconds > HEAVY_NANOSECONDS)
     }
 
     /// Multiply-adds of a run in which every free dimension has this size.

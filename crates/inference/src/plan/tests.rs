@@ -10,6 +10,7 @@ use tract_onnx::pb::*;
 
 mod numbers;
 mod refused;
+mod spilled;
 
 /// A dimension: a size, or a name.
 #[derive(Clone, Copy)]

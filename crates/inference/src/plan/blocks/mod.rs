@@ -21,6 +21,8 @@ use tract_onnx::tract_core::ops::konst::Const;
 use tract_onnx::tract_hir::internal::*;
 use view::StoredView;
 
+pub(super) use product::BlockProduct;
+
 pub(in crate::plan) use lookup::short_block;
 
 /// A tensor that lies in blocks, as a node of a graph that is being compiled. It has no value of its own.

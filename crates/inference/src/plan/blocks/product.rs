@@ -22,7 +22,7 @@ const OUTPUT_BYTES: usize = 1 << 20;
 
 /// The product of an input with a stored matrix.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct BlockProduct {
+pub(in crate::plan) struct BlockProduct {
     pub tensor: StoredTensor,
     /// True where the matrix's rows are the output's columns: out = x * matrix^T.
     pub transposed: bool,
@@ -136,6 +136,12 @@ impl BlockProduct {
                 Some(place) => D::from(self.columns[place - self.leading]),
             })
             .collect()
+    }
+
+    /// The input's axis that this axis of the output is, if it is one of M's.
+    pub fn input_axis_of(&self, output: usize) -> Option<usize> {
+        let place = (*self.output_order.get(output)?)?;
+        (place < self.leading).then(|| self.input_order[place])
     }
 
     /// True where the product's rows and columns are the output as it lies in memory.

@@ -17,7 +17,7 @@ use crate::weights::{StoredTensor, for_each_block};
 use std::convert::Infallible;
 use std::ops::Range;
 use tensor_blocks::{DType, View};
-use tract_onnx::tract_core::ops::cnn::{Conv, KernelFormat, PoolSpec};
+use tract_onnx::tract_core::ops::cnn::{Conv, KernelFormat, PaddingSpec, PoolSpec};
 use tract_onnx::tract_core::ops::nn::DataFormat;
 use tract_onnx::tract_hir::internal::*;
 
@@ -198,6 +198,29 @@ impl Stored<'_> {
             }
         })?;
         Ok(whole)
+    }
+}
+
+impl Convolution {
+    /// For each input, the axis along which it is sliced where the output is sliced along `axis`; `None` where slices of the
+    /// output need more than slices of the pictures.
+    pub fn sliced_inputs(&self, axis: usize) -> Option<TVec<Option<usize>>> {
+        let pointwise = |at: usize| {
+            self.pool.kernel_shape.get(at) == Some(&1)
+                && self.pool.strides().get(at) == Some(&1)
+                && matches!(self.pool.padding, PaddingSpec::Valid)
+        };
+        if axis != 0 && !(axis >= 2 && pointwise(axis - 2)) {
+            return None;
+        }
+        let mut inputs = tvec!(Some(axis));
+        if self.stored.is_none() {
+            inputs.push(None);
+        }
+        if self.added {
+            inputs.push(Some(axis));
+        }
+        Some(inputs)
     }
 }
 

@@ -1,0 +1,86 @@
+//! Values that go to files give the numbers that values in memory give.
+
+use super::*;
+use crate::weights::{BlockSource, Frame, SpillFile};
+use std::sync::Mutex;
+
+/// Files in memory, counted.
+struct Files {
+    operator_memory: u64,
+    written: Arc<Mutex<Vec<u64>>>,
+}
+
+struct File {
+    bytes: Vec<u8>,
+    number: usize,
+    written: Arc<Mutex<Vec<u64>>>,
+}
+
+impl SpillFile for File {
+    fn append(&mut self, bytes: Vec<u8>) -> Result<(), ModelError> {
+        self.bytes.extend(&bytes);
+        self.written.lock().unwrap()[self.number] = self.bytes.len() as u64;
+        Ok(())
+    }
+
+    fn read(&mut self, offset: u64, len: usize) -> Result<Vec<u8>, ModelError> {
+        Ok(self.bytes[offset as usize..][..len].to_vec())
+    }
+}
+
+impl BlockSource for Files {
+    fn pin(&self, _: u32, _: &[u32]) -> Result<Vec<Box<dyn Frame>>, ModelError> {
+        Err(ModelError::internal("there are no blocks"))
+    }
+
+    fn operator_memory(&self) -> u64 {
+        self.operator_memory
+    }
+
+    fn spill_file(&self) -> Result<Option<Box<dyn SpillFile>>, ModelError> {
+        let mut written = self.written.lock().unwrap();
+        written.push(0);
+        Ok(Some(Box::new(File { bytes: vec![], number: written.len() - 1, written: self.written.clone() })))
+    }
+}
+
+/// A pointwise convolution over a picture, a function, another pointwise convolution, and the mean of each channel.
+fn pointwise(reduce: &str) -> GraphProto {
+    let filters: Vec<f32> = (0..12 * 3).map(|n| ((n * 7) % 11) as f32 / 11.0 - 0.4).collect();
+    let second: Vec<f32> = (0..5 * 12).map(|n| ((n * 5) % 13) as f32 / 13.0 - 0.5).collect();
+    graph(
+        vec![info("x", FLOAT, &[S(1), S(3), S(40), S(24)])],
+        vec![info("y", FLOAT, &[S(1), S(5), S(1), S(1)])],
+        vec![
+            node("Conv", &["x", "w"], &["c"]),
+            node("Erf", &["c"], &["e"]),
+            node("Add", &["e", "c"], &["s"]),
+            node("Conv", &["s", "v"], &["d"]),
+            node(reduce, &["d"], &["y"]),
+        ],
+        vec![floats("w", &[12, 3, 1, 1], &filters), floats("v", &[5, 12, 1, 1], &second)],
+    )
+}
+
+#[test]
+fn what_goes_to_files_is_what_stays_in_memory() {
+    for reduce in ["GlobalAveragePool", "GlobalMaxPool"] {
+        let plan = compile_with(model(pointwise(reduce)), &CompileOptions::default()).unwrap();
+        let picture: Vec<f32> = (0..3 * 40 * 24).map(|n| ((n * 31) % 101) as f32 / 50.0 - 1.0).collect();
+        let input = || vec![("x".to_owned(), HostTensor::from_f32(&[1, 3, 40, 24], &picture).unwrap())];
+        let cancel = Arc::new(AtomicBool::new(false));
+        let expected = plan.run(input(), &cancel).unwrap()[0].1.to_f32().unwrap();
+        for operator_memory in [4_000, 9_000, 30_000] {
+            let written = Arc::new(Mutex::new(vec![]));
+            let files = Arc::new(Files { operator_memory, written: written.clone() });
+            let outputs = plan.run_on_blocks(input(), files, &cancel).unwrap();
+            let values = outputs[0].1.to_f32().unwrap();
+            for (value, expected) in values.iter().zip(&expected) {
+                assert!((value - expected).abs() <= 1e-5 * (1.0 + expected.abs()), "{value} is not {expected}");
+            }
+            let written = written.lock().unwrap();
+            let large = 12 * 40 * 24 * 4;
+            assert!(written.contains(&large), "{reduce} with {operator_memory} bytes: files of {written:?} bytes");
+        }
+    }
+}
