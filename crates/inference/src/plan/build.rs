@@ -308,6 +308,7 @@ fn typed(
     typed.declutter().map_err(|error| failure("simplifying the graph", &error))?;
     proceed(cancel)?;
     super::conv::fuse(&mut typed).map_err(|error| failure("fusing the convolutions", &error))?;
+    super::sum::place(&mut typed);
     place_on_blocks(&mut typed, options.memory_limit)?;
     proceed(cancel)?;
     Ok(typed)

@@ -31,6 +31,7 @@ mod rewrite;
 mod run;
 mod runnable;
 mod spill;
+mod sum;
 mod trees;
 
 #[cfg(test)]

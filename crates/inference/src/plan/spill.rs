@@ -17,6 +17,7 @@
 use super::blocks::{BlockProduct, carry};
 use super::conv::Convolution;
 use super::runnable::beyond_limit;
+use super::sum::WideSum;
 use crate::weights::{BlockSource, SpillFile};
 use std::collections::HashMap;
 use std::ops::Range;
@@ -92,6 +93,11 @@ pub(super) struct Spills {
     held: HashMap<OutletId, Spilled>,
 }
 
+/// The reduction that a node is.
+fn reduction(node: &TypedNode) -> Option<&Reduce> {
+    node.op_as::<Reduce>().or_else(|| node.op_as::<WideSum>().map(|sum| &sum.reduce))
+}
+
 /// True for an operator that maps each element to one of the same place, broadcasting.
 fn is_elementwise(node: &TypedNode) -> bool {
     node.op_is::<ElementWiseOp>()
@@ -129,7 +135,7 @@ pub(super) fn sliced_inputs(
     if let Some(convolution) = node.op_as::<Convolution>() {
         return convolution.sliced_inputs(axis);
     }
-    if let Some(reduce) = node.op_as::<Reduce>() {
+    if let Some(reduce) = reduction(node) {
         return (!reduce.axes.contains(&axis)).then(|| tvec!(Some(axis)));
     }
     if let Some(softmax) = node.op_as::<Softmax>() {
@@ -230,7 +236,7 @@ impl Spills {
         let first = node.inputs.iter().enumerate().find_map(|(n, outlet)| Some((n, self.held.get(outlet)?)));
         if let Some((input, spilled)) = first {
             let (size, piece) = (spilled.shape[spilled.axis], spilled.piece);
-            if let Some(reduce) = node.op_as::<Reduce>().filter(|reduce| reduce.axes.contains(&spilled.axis)) {
+            if let Some(reduce) = reduction(node).filter(|reduce| reduce.axes.contains(&spilled.axis)) {
                 let fits = matches!(reduce.reducer, Reducer::Sum | Reducer::Prod | Reducer::Max | Reducer::Min);
                 return (fits && !spill).then(|| Slicing {
                     output: None,
@@ -317,7 +323,7 @@ impl Spills {
                 }
                 (None, _, None) => result = Some((**piece).clone()),
                 (None, _, Some(sum)) => {
-                    let Some(reduce) = node.op_as::<Reduce>() else { return Ok(None) };
+                    let Some(reduce) = reduction(node) else { return Ok(None) };
                     if !combine(reduce.reducer, sum, piece)? {
                         return Ok(None);
                     }
