@@ -155,7 +155,15 @@ impl<'k> Batch<'k> {
         let mut there: Vec<Option<Hold>> = keys.iter().map(|key| look(area, key)).collect();
         let mut got = Vec::with_capacity(keys.len());
         let mut stop = Stop::Busy;
+        // In a small cache, blocks that pass through must not push out at a time more than a few that are worth keeping.
+        let mut claims = (area.frames.len() / 16).max(1);
         for (key, there) in keys.iter().zip(&mut there) {
+            if there.is_none() {
+                if claims == 0 {
+                    break;
+                }
+                claims -= 1;
+            }
             let next = match there.take() {
                 Some(hold) => Ok(Got { hold, missing: false }),
                 None => claim(area, key),

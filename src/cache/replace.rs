@@ -12,6 +12,9 @@ use std::sync::atomic::Ordering::{self, Relaxed};
 
 const _: () = assert!(FRAME_BYTES.is_multiple_of(4096));
 
+/// Runs of its models after which what was observed of a block counts half.
+const FORGET: u32 = 2048;
+
 /// Gives a frame back. Atomics only.
 pub fn set_free(area: &Area, frame: u32) {
     let word = frame / 64;
@@ -229,8 +232,8 @@ pub fn observed(area: &Area, entry: &Entry) -> (u32, u32) {
 }
 
 /// The worth of a block under `sharing`: the expected number of its uses. That is the summed access rate of the models
-/// that own it, times how likely a run of one touches it, as was observed. Ties go by the hash, not by recency:
-/// models are walked from begin to end, and on a walk that is longer than the cache recency is the worst of all orders.
+/// that own it, times how likely a run of one touches it. Ties go by the hash, not by recency: models are walked from begin
+/// to end, and on a walk that is longer than the cache recency is the worst of all orders.
 fn sharing(area: &Area, entry: &Entry, rates: &[f32; SLOTS]) -> u64 {
     let owners = entry.owners.load(Relaxed);
     let (mut rate, mut left) = (0f32, owners);
@@ -238,9 +241,20 @@ fn sharing(area: &Area, entry: &Entry, rates: &[f32; SLOTS]) -> u64 {
         rate += rates[left.trailing_zeros() as usize];
         left &= left - 1;
     }
-    let (accesses, runs) = observed(area, entry);
-    let likely = ((accesses as f32 + 1.0) / (runs as f32 + 1.0)).min(1.0);
     let tie = entry.hash[1].load(Relaxed) >> 32;
     // A float that is not negative orders as its bits do; the sign bit is left for blocks that are kept.
-    u64::from((rate * likely).max(0.0).to_bits()) << 32 | tie
+    u64::from((rate * likelihood(area, entry)).max(0.0).to_bits()) << 32 | tie
+}
+
+/// How likely a run of one of its models touches a block, as was observed.
+fn likelihood(area: &Area, entry: &Entry) -> f32 {
+    let (accesses, runs) = observed(area, entry);
+    if runs > FORGET {
+        // Two processes that use the block meanwhile can lose a use: it is an estimate.
+        entry.accesses.fetch_sub(accesses / 2, Relaxed);
+        entry.runs_before.fetch_add(runs / 2, Relaxed);
+    }
+    // Runs that are going on have not come to the block yet; that must not make it worth less than those behind it.
+    let likely = (accesses as f32 + 2.0) / (runs as f32 + 1.0);
+    if likely > 0.8 { 1.0 } else { likely }
 }
