@@ -55,6 +55,7 @@ impl Frame for Pin {
 }
 
 /// Pins the leading blocks of `keys`: at least one, at most a quarter of the cache, as many as can be had without waiting.
+/// Those that are loaded for it are a sixteenth of the cache at most.
 ///
 /// `load(i, out)` fills the elements of block `i`, and has verified them against its hash when it returns. It may raise an
 /// ERROR; it must take no heavyweight lock (relations are opened before), and not call this function.

@@ -3,14 +3,12 @@
 //! Victims are chosen several at a time, under one lock, and stand in a queue. A candidate that was pinned meanwhile is
 //! passed over, under `lru` also one that was used meanwhile, which keeps it exact.
 
-use super::layout::{Area, Entry, FRAME_BYTES, NONE, REPLACEMENT_LOCK, SLOTS, State, add};
+use super::layout::{Area, Entry, NONE, REPLACEMENT_LOCK, SLOTS, State, add};
 use super::models;
 use super::partition::{self, Partition};
 use super::settings::{self, Policy};
 use std::collections::BinaryHeap;
 use std::sync::atomic::Ordering::{self, Relaxed};
-
-const _: () = assert!(FRAME_BYTES.is_multiple_of(4096));
 
 /// Runs of its models after which what was observed of a block counts half.
 const FORGET: u32 = 2048;
@@ -53,9 +51,6 @@ pub fn take_frame(area: &Area) -> Option<u32> {
     let mut choice = Choice::new(area);
     for _ in 0..2 * area.frames.len() + 16 {
         let Some((frame, entry)) = choice.next() else { return take_free(area) };
-        if entry == NONE {
-            continue; // it has become free meanwhile, or somebody else took it
-        }
         let partition = Partition::lock(area, partition::of_entry(area, entry), true);
         if partition.detach(entry, frame) {
             drop(partition);
@@ -135,6 +130,7 @@ impl<'a> Choice<'a> {
         let area = self.area;
         let rates = models::rates(area);
         let kept = Kept::count(area);
+        let mut class = Class::new(area, 0, &rates);
         self.heap.clear();
         for (number, frame) in area.frames.iter().enumerate() {
             let entry = frame.entry.load(Relaxed);
@@ -146,7 +142,13 @@ impl<'a> Choice<'a> {
             let last_used = frame.last_used.load(Relaxed);
             let worth = match self.policy {
                 _ if state == State::Abandoned => 0,
-                Policy::Sharing => sharing(area, block, &rates),
+                Policy::Sharing => {
+                    let owners = block.owners.load(Relaxed);
+                    if owners != class.owners {
+                        class = Class::new(area, owners, &rates);
+                    }
+                    sharing(block, &class)
+                }
                 _ => last_used,
             };
             let worth = if kept.protects(block) { worth | 1 << 63 } else { worth };
@@ -219,36 +221,54 @@ impl Kept {
 
 /// Runs of the models in `owners`, all together (wrapping).
 pub fn runs_of(area: &Area, owners: u64) -> u32 {
-    (0..SLOTS)
-        .filter(|n| owners & (1 << n) != 0)
-        .fold(0, |sum: u32, n| sum.wrapping_add(area.slots[n].runs.load(Relaxed) as u32))
+    ones(owners).fold(0, |sum: u32, n| sum.wrapping_add(area.slots[n].runs.load(Relaxed) as u32))
+}
+
+/// The slots of a mask.
+fn ones(mut mask: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let first = mask.trailing_zeros() as usize;
+        mask &= mask.wrapping_sub(1);
+        (first < SLOTS).then_some(first)
+    })
 }
 
 /// How often a block was used, and how many runs its owners made since it is known.
 pub fn observed(area: &Area, entry: &Entry) -> (u32, u32) {
-    let runs = runs_of(area, entry.owners.load(Relaxed)).wrapping_sub(entry.runs_before.load(Relaxed));
+    since(entry, runs_of(area, entry.owners.load(Relaxed)))
+}
+
+fn since(entry: &Entry, runs: u32) -> (u32, u32) {
+    let runs = runs.wrapping_sub(entry.runs_before.load(Relaxed));
     // Counters that are read one after the other can come out just below zero.
     (entry.accesses.load(Relaxed), if runs > u32::MAX / 2 { 0 } else { runs })
+}
+
+/// What the blocks of one sharing class have in common. Neighbours nearly always are of one class.
+struct Class {
+    owners: u64,
+    rate: f32,
+    runs: u32,
+}
+
+impl Class {
+    fn new(area: &Area, owners: u64, rates: &[f32; SLOTS]) -> Class {
+        Class { owners, rate: ones(owners).map(|n| rates[n]).sum(), runs: runs_of(area, owners) }
+    }
 }
 
 /// The worth of a block under `sharing`: the expected number of its uses. That is the summed access rate of the models
 /// that own it, times how likely a run of one touches it. Ties go by the hash, not by recency: models are walked from begin
 /// to end, and on a walk that is longer than the cache recency is the worst of all orders.
-fn sharing(area: &Area, entry: &Entry, rates: &[f32; SLOTS]) -> u64 {
-    let owners = entry.owners.load(Relaxed);
-    let (mut rate, mut left) = (0f32, owners);
-    while left != 0 {
-        rate += rates[left.trailing_zeros() as usize];
-        left &= left - 1;
-    }
+fn sharing(entry: &Entry, class: &Class) -> u64 {
     let tie = entry.hash[1].load(Relaxed) >> 32;
     // A float that is not negative orders as its bits do; the sign bit is left for blocks that are kept.
-    u64::from((rate * likelihood(area, entry)).max(0.0).to_bits()) << 32 | tie
+    u64::from((class.rate * likelihood(entry, class)).max(0.0).to_bits()) << 32 | tie
 }
 
 /// How likely a run of one of its models touches a block, as was observed.
-fn likelihood(area: &Area, entry: &Entry) -> f32 {
-    let (accesses, runs) = observed(area, entry);
+fn likelihood(entry: &Entry, class: &Class) -> f32 {
+    let (accesses, runs) = since(entry, class.runs);
     if runs > FORGET {
         // Two processes that use the block meanwhile can lose a use: it is an estimate.
         entry.accesses.fetch_sub(accesses / 2, Relaxed);
