@@ -10,6 +10,9 @@ use super::settings::{self, Policy};
 use std::collections::BinaryHeap;
 use std::sync::atomic::Ordering::{self, Relaxed};
 
+/// How often victims are chosen anew because others have pinned all that were.
+const TURNS: usize = 16;
+
 /// Runs of its models after which what was observed of a block counts half.
 const FORGET: u32 = 2048;
 
@@ -98,17 +101,17 @@ impl<'a> Choice<'a> {
         if self.policy == Policy::Clock {
             return self.clock();
         }
-        for turn in 0..2 {
-            if turn == 1 {
-                self.choose();
-            }
-            while let Some(victim) = self.queued() {
-                let (frame, entry, last_used) = victim;
+        // Others may pin the few that were chosen before they are taken: then others are chosen.
+        for _ in 0..TURNS {
+            while let Some((frame, entry, last_used)) = self.queued() {
                 let state = &self.area.frames[frame as usize];
                 let used = self.policy == Policy::Lru && state.last_used.load(Relaxed) != last_used;
                 if !used && state.entry.load(Relaxed) == entry && state.pins.load(Relaxed) == 0 {
                     return Some((frame, entry));
                 }
+            }
+            if !self.choose() {
+                break;
             }
         }
         None
@@ -125,8 +128,8 @@ impl<'a> Choice<'a> {
         Some((victim.frame.load(Relaxed), victim.entry.load(Relaxed), victim.last_used.load(Relaxed)))
     }
 
-    /// Fills the queue with those that the policy gives up first.
-    fn choose(&mut self) {
+    /// Fills the queue with those that the policy gives up first. False if all frames are pinned.
+    fn choose(&mut self) -> bool {
         let area = self.area;
         let rates = models::rates(area);
         let kept = Kept::count(area);
@@ -170,6 +173,7 @@ impl<'a> Choice<'a> {
             victim.entry.store(entry, Relaxed);
             victim.last_used.store(last_used, Relaxed);
         }
+        area.header.victims_len.load(Relaxed) > 0
     }
 
     fn clock(&self) -> Option<(u32, u32)> {
