@@ -1,8 +1,11 @@
 //! Pinning: the way from wanted blocks to frames that hold them.
 //!
-//! 1. Pin what is there. 2. In order, claim what is not. The first block that another process is loading, or for which
-//! there is no frame, ends the prefix. 3. Load what was claimed, and publish each block at once. Only with nothing pinned and
-//! nothing claimed does a process wait for another.
+//! 1. Pin what is there.
+//! 2. In order, claim what is not. The first block that another process is loading, or for which there is no frame, ends
+//!    the prefix.
+//! 3. Load what was claimed, and publish each block at once.
+//!
+//! Only with nothing pinned and nothing claimed does a process wait for another.
 
 use super::area::area;
 use super::backend::{self, Hold};
