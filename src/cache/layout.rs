@@ -426,8 +426,21 @@ impl Area {
     }
 }
 
-#[cfg(any(test, feature = "pg_test"))]
-mod layout_asserts {
+const _: () = assert!(size_of::<Entry>() == 64 && size_of::<Frame>() == 24 && size_of::<Victim>() == 16);
+const _: () = assert!(size_of::<Counters>() == 64 && size_of::<Slot>() == 136 && size_of::<Backend>() == 520);
+
+#[cfg(test)]
+mod tests {
     use super::*;
-    const _: () = assert!(size_of::<Entry>() == 64 && size_of::<Frame>() == 24 && size_of::<Victim>() == 16);
+
+    #[test]
+    fn what_is_beside_the_frames_is_little() {
+        for (frames, percent) in [(2, 90), (64, 10), (4096, 3), (1 << 18, 2)] {
+            let plan = Plan::new(frames, 150);
+            let beside = plan.total - frames * FRAME_BYTES;
+            assert!(beside * 100 <= plan.total * percent, "{beside} bytes beside {frames} frames");
+            assert!(plan.entries * PARTITIONS >= frames * ENTRIES_PER_FRAME && plan.chains >= plan.entries);
+            assert!(plan.bytes_at >= plan.entries_at + PARTITIONS * plan.entries * size_of::<Entry>());
+        }
+    }
 }

@@ -1,8 +1,11 @@
 //! Pinning: the way from wanted blocks to frames that hold them.
 //!
-//! 1. Pin what is there. 2. In order, claim what is not. The first block that another process is loading, or for which
-//! there is no frame, ends the prefix. 3. Load what was claimed, and publish each block at once. Only with nothing pinned and
-//! nothing claimed does a process wait for another.
+//! 1. Pin what is there.
+//! 2. In order, claim what is not. The first block that another process is loading, or for which there is no frame, ends
+//!    the prefix.
+//! 3. Load what was claimed, and publish each block at once.
+//!
+//! Only with nothing pinned and nothing claimed does a process wait for another.
 
 use super::area::area;
 use super::backend::{self, Hold};
@@ -55,6 +58,7 @@ impl Frame for Pin {
 }
 
 /// Pins the leading blocks of `keys`: at least one, at most a quarter of the cache, as many as can be had without waiting.
+/// Those that are loaded for it are a sixteenth of the cache at most.
 ///
 /// `load(i, out)` fills the elements of block `i`, and has verified them against its hash when it returns. It may raise an
 /// ERROR; it must take no heavyweight lock (relations are opened before), and not call this function.
@@ -155,7 +159,15 @@ impl<'k> Batch<'k> {
         let mut there: Vec<Option<Hold>> = keys.iter().map(|key| look(area, key)).collect();
         let mut got = Vec::with_capacity(keys.len());
         let mut stop = Stop::Busy;
+        // In a small cache, blocks that pass through must not push out at a time more than a few that are worth keeping.
+        let mut claims = (area.frames.len() / 16).max(1);
         for (key, there) in keys.iter().zip(&mut there) {
+            if there.is_none() {
+                if claims == 0 {
+                    break;
+                }
+                claims -= 1;
+            }
             let next = match there.take() {
                 Some(hold) => Ok(Got { hold, missing: false }),
                 None => claim(area, key),

@@ -3,14 +3,18 @@
 //! Victims are chosen several at a time, under one lock, and stand in a queue. A candidate that was pinned meanwhile is
 //! passed over, under `lru` also one that was used meanwhile, which keeps it exact.
 
-use super::layout::{Area, Entry, FRAME_BYTES, NONE, REPLACEMENT_LOCK, SLOTS, State, add};
+use super::layout::{Area, Entry, NONE, REPLACEMENT_LOCK, SLOTS, State, add};
 use super::models;
 use super::partition::{self, Partition};
 use super::settings::{self, Policy};
 use std::collections::BinaryHeap;
 use std::sync::atomic::Ordering::{self, Relaxed};
 
-const _: () = assert!(FRAME_BYTES.is_multiple_of(4096));
+/// How often victims are chosen anew because others have pinned all that were.
+const TURNS: usize = 16;
+
+/// Runs of its models after which what was observed of a block counts half.
+const FORGET: u32 = 2048;
 
 /// Gives a frame back. Atomics only.
 pub fn set_free(area: &Area, frame: u32) {
@@ -50,9 +54,6 @@ pub fn take_frame(area: &Area) -> Option<u32> {
     let mut choice = Choice::new(area);
     for _ in 0..2 * area.frames.len() + 16 {
         let Some((frame, entry)) = choice.next() else { return take_free(area) };
-        if entry == NONE {
-            continue; // it has become free meanwhile, or somebody else took it
-        }
         let partition = Partition::lock(area, partition::of_entry(area, entry), true);
         if partition.detach(entry, frame) {
             drop(partition);
@@ -100,17 +101,17 @@ impl<'a> Choice<'a> {
         if self.policy == Policy::Clock {
             return self.clock();
         }
-        for turn in 0..2 {
-            if turn == 1 {
-                self.choose();
-            }
-            while let Some(victim) = self.queued() {
-                let (frame, entry, last_used) = victim;
+        // Others may pin the few that were chosen before they are taken: then others are chosen.
+        for _ in 0..TURNS {
+            while let Some((frame, entry, last_used)) = self.queued() {
                 let state = &self.area.frames[frame as usize];
                 let used = self.policy == Policy::Lru && state.last_used.load(Relaxed) != last_used;
                 if !used && state.entry.load(Relaxed) == entry && state.pins.load(Relaxed) == 0 {
                     return Some((frame, entry));
                 }
+            }
+            if !self.choose() {
+                break;
             }
         }
         None
@@ -127,11 +128,12 @@ impl<'a> Choice<'a> {
         Some((victim.frame.load(Relaxed), victim.entry.load(Relaxed), victim.last_used.load(Relaxed)))
     }
 
-    /// Fills the queue with those that the policy gives up first.
-    fn choose(&mut self) {
+    /// Fills the queue with those that the policy gives up first. False if all frames are pinned.
+    fn choose(&mut self) -> bool {
         let area = self.area;
         let rates = models::rates(area);
         let kept = Kept::count(area);
+        let mut class = Class::new(area, 0, &rates);
         self.heap.clear();
         for (number, frame) in area.frames.iter().enumerate() {
             let entry = frame.entry.load(Relaxed);
@@ -143,7 +145,13 @@ impl<'a> Choice<'a> {
             let last_used = frame.last_used.load(Relaxed);
             let worth = match self.policy {
                 _ if state == State::Abandoned => 0,
-                Policy::Sharing => sharing(area, block, &rates),
+                Policy::Sharing => {
+                    let owners = block.owners.load(Relaxed);
+                    if owners != class.owners {
+                        class = Class::new(area, owners, &rates);
+                    }
+                    sharing(block, &class)
+                }
                 _ => last_used,
             };
             let worth = if kept.protects(block) { worth | 1 << 63 } else { worth };
@@ -165,6 +173,7 @@ impl<'a> Choice<'a> {
             victim.entry.store(entry, Relaxed);
             victim.last_used.store(last_used, Relaxed);
         }
+        area.header.victims_len.load(Relaxed) > 0
     }
 
     fn clock(&self) -> Option<(u32, u32)> {
@@ -216,31 +225,60 @@ impl Kept {
 
 /// Runs of the models in `owners`, all together (wrapping).
 pub fn runs_of(area: &Area, owners: u64) -> u32 {
-    (0..SLOTS)
-        .filter(|n| owners & (1 << n) != 0)
-        .fold(0, |sum: u32, n| sum.wrapping_add(area.slots[n].runs.load(Relaxed) as u32))
+    ones(owners).fold(0, |sum: u32, n| sum.wrapping_add(area.slots[n].runs.load(Relaxed) as u32))
+}
+
+/// The slots of a mask.
+fn ones(mut mask: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let first = mask.trailing_zeros() as usize;
+        mask &= mask.wrapping_sub(1);
+        (first < SLOTS).then_some(first)
+    })
 }
 
 /// How often a block was used, and how many runs its owners made since it is known.
 pub fn observed(area: &Area, entry: &Entry) -> (u32, u32) {
-    let runs = runs_of(area, entry.owners.load(Relaxed)).wrapping_sub(entry.runs_before.load(Relaxed));
+    since(entry, runs_of(area, entry.owners.load(Relaxed)))
+}
+
+fn since(entry: &Entry, runs: u32) -> (u32, u32) {
+    let runs = runs.wrapping_sub(entry.runs_before.load(Relaxed));
     // Counters that are read one after the other can come out just below zero.
     (entry.accesses.load(Relaxed), if runs > u32::MAX / 2 { 0 } else { runs })
 }
 
-/// The worth of a block under `sharing`: the expected number of its uses. That is the summed access rate of the models
-/// that own it, times how likely a run of one touches it, as was observed. Ties go by the hash, not by recency:
-/// models are walked from begin to end, and on a walk that is longer than the cache recency is the worst of all orders.
-fn sharing(area: &Area, entry: &Entry, rates: &[f32; SLOTS]) -> u64 {
-    let owners = entry.owners.load(Relaxed);
-    let (mut rate, mut left) = (0f32, owners);
-    while left != 0 {
-        rate += rates[left.trailing_zeros() as usize];
-        left &= left - 1;
+/// What the blocks of one sharing class have in common. Neighbours nearly always are of one class.
+struct Class {
+    owners: u64,
+    rate: f32,
+    runs: u32,
+}
+
+impl Class {
+    fn new(area: &Area, owners: u64, rates: &[f32; SLOTS]) -> Class {
+        Class { owners, rate: ones(owners).map(|n| rates[n]).sum(), runs: runs_of(area, owners) }
     }
-    let (accesses, runs) = observed(area, entry);
-    let likely = ((accesses as f32 + 1.0) / (runs as f32 + 1.0)).min(1.0);
+}
+
+/// The worth of a block under `sharing`: the expected number of its uses. That is the summed access rate of the models
+/// that own it, times how likely a run of one touches it. Ties go by the hash, not by recency: models are walked from begin
+/// to end, and on a walk that is longer than the cache recency is the worst of all orders.
+fn sharing(entry: &Entry, class: &Class) -> u64 {
     let tie = entry.hash[1].load(Relaxed) >> 32;
     // A float that is not negative orders as its bits do; the sign bit is left for blocks that are kept.
-    u64::from((rate * likely).max(0.0).to_bits()) << 32 | tie
+    u64::from((class.rate * likelihood(entry, class)).max(0.0).to_bits()) << 32 | tie
+}
+
+/// How likely a run of one of its models touches a block, as was observed.
+fn likelihood(entry: &Entry, class: &Class) -> f32 {
+    let (accesses, runs) = since(entry, class.runs);
+    if runs > FORGET {
+        // Two processes that use the block meanwhile can lose a use: it is an estimate.
+        entry.accesses.fetch_sub(accesses / 2, Relaxed);
+        entry.runs_before.fetch_add(runs / 2, Relaxed);
+    }
+    // Runs that are going on have not come to the block yet; that must not make it worth less than those behind it.
+    let likely = (accesses as f32 + 2.0) / (runs as f32 + 1.0);
+    if likely > 0.8 { 1.0 } else { likely }
 }

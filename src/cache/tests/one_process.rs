@@ -143,9 +143,11 @@ mod tests {
 
     #[pg_test]
     fn one_caller_gets_a_quarter() {
-        use_private(16);
-        let keys: Vec<BlockKey> = (0..10).map(|n| key(10, n)).collect();
-        assert_eq!(get(model(10, 0), &keys).0.len(), 4);
+        use_private(64);
+        let keys: Vec<BlockKey> = (0..40).map(|n| key(10, n)).collect();
+        assert_eq!(get(model(10, 0), &keys).0.len(), 4, "it loads a sixteenth at a time");
+        walk(model(10, 0), &keys);
+        assert_eq!(get(model(10, 0), &keys).0.len(), 16);
         sound();
     }
 
