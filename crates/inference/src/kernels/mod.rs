@@ -1,19 +1,21 @@
 //! Kernels: the arithmetic of block operators on slices of float32, on one thread.
 //!
-//! Responsible for: products of matrices ([`gemm`]), convolutions ([`conv`]) and what is applied to them afterwards ([`epilogue`]), for any
-//! processor of the target's family: the widest vectors are chosen when the process first computes.
+//! Responsible for: products of matrices ([`gemm`]), convolutions ([`conv`]), steps of recurrent layers ([`recurrent`]) and
+//! what is applied to an output afterwards ([`epilogue`]), for any processor of the target's family: the widest vectors
+//! are chosen when the process first computes.
 //!
 //! Invariants:
 //! - no kernel knows where its operands lie, or of tract;
 //! - a result depends on the processor only by rounding: sums are formed in another order;
-//! - `unsafe` is confined to [`lanes`], [`micro`], [`gemm`] and [`epilogue`], behind functions that check what they are
-//!   given once.
+//! - `unsafe` is confined to [`lanes`], [`micro`], [`gemm`], [`epilogue`] and [`recurrent`], behind functions that check
+//!   what they are given once.
 
 pub mod conv;
 pub mod epilogue;
 pub mod gemm;
 mod lanes;
 mod micro;
+pub mod recurrent;
 
 #[cfg(test)]
 pub(crate) mod tests;

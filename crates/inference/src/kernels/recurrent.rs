@@ -1,0 +1,108 @@
+//! One step of recurrent layers: what follows the products.
+//!
+//! Responsible for: the equations of ONNX's LSTM and GRU (operators of the same names, default activations), one row of
+//! the batch at a time. Gates lie side by side in a row, in ONNX's order.
+#![allow(unsafe_code)] // Calls of functions that need features of the processor.
+
+use super::epilogue::{sigmoid, tanh};
+use super::lanes::{Level, level};
+
+/// A function whose body is compiled once for each level; the processor's is called.
+macro_rules! for_levels {
+    ($(#[$doc:meta])* $name:ident($($argument:ident: $type:ty),*) $body:block) => {
+        $(#[$doc])*
+        pub fn $name($($argument: $type),*) {
+            #[inline(always)]
+            fn body($($argument: $type),*) $body
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512dq,avx512vl,avx2,fma")]
+            fn avx512($($argument: $type),*) {
+                body($($argument),*)
+            }
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($argument: $type),*) {
+                body($($argument),*)
+            }
+
+            match level() {
+                // SAFETY: the level says that the processor has these features.
+                #[cfg(target_arch = "x86_64")]
+                Level::Avx512 => unsafe { avx512($($argument),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                Level::Avx2 => unsafe { avx2($($argument),*) },
+                Level::Base => body($($argument),*),
+            }
+        }
+    };
+}
+
+for_levels! {
+    /// LSTM: from the sums of the gates i, o, f, c and the cell of the step before to the cell and the output.
+    ///
+    /// # Panics
+    /// If `gates` is not four times as long as `cell`, or `output` shorter than it.
+    lstm(gates: &[f32], cell: &mut [f32], output: &mut [f32]) {
+        let size = cell.len();
+        let output = &mut output[..size];
+        let (input, rest) = gates[..4 * size].split_at(size);
+        let (out, rest) = rest.split_at(size);
+        let (forget, candidate) = rest.split_at(size);
+        for at in 0..size {
+            let value = sigmoid(forget[at]) * cell[at] + sigmoid(input[at]) * tanh(candidate[at]);
+            cell[at] = value;
+            output[at] = sigmoid(out[at]) * tanh(value);
+        }
+    }
+}
+
+for_levels! {
+    /// GRU with `linear_before_reset`: from the input's part of the gates z, r, h, the recurrent part of all three with
+    /// its biases, and the output of the step before to the output.
+    ///
+    /// # Panics
+    /// If `gates` or `recurrent` is not three times as long as `before`, or `output` shorter than it.
+    gru_after(gates: &[f32], recurrent: &[f32], before: &[f32], output: &mut [f32]) {
+        let size = before.len();
+        let output = &mut output[..size];
+        let (gates, recurrent) = (&gates[..3 * size], &recurrent[..3 * size]);
+        for at in 0..size {
+            let update = sigmoid(gates[at] + recurrent[at]);
+            let reset = sigmoid(gates[size + at] + recurrent[size + at]);
+            let candidate = tanh(gates[2 * size + at] + reset * recurrent[2 * size + at]);
+            output[at] = (1.0 - update) * candidate + update * before[at];
+        }
+    }
+}
+
+for_levels! {
+    /// GRU without `linear_before_reset`, its first half: `reset * before`, from the sums of the gates z and r.
+    ///
+    /// # Panics
+    /// If `gates` is not twice as long as `before`, or `output` shorter than it.
+    gru_reset(gates: &[f32], before: &[f32], output: &mut [f32]) {
+        let size = before.len();
+        let (output, gates) = (&mut output[..size], &gates[..2 * size]);
+        for at in 0..size {
+            output[at] = sigmoid(gates[size + at]) * before[at];
+        }
+    }
+}
+
+for_levels! {
+    /// The second half: the output, from the sums of all three gates.
+    ///
+    /// # Panics
+    /// If `gates` is not three times as long as `before`, or `output` shorter than it.
+    gru_before(gates: &[f32], before: &[f32], output: &mut [f32]) {
+        let size = before.len();
+        let (output, gates) = (&mut output[..size], &gates[..3 * size]);
+        for at in 0..size {
+            let update = sigmoid(gates[at]);
+            output[at] = (1.0 - update) * tanh(gates[2 * size + at]) + update * before[at];
+        }
+    }
+}
