@@ -97,7 +97,7 @@ impl Geometry {
     }
 }
 
-/// What follows a convolution: `activation(x * scale + bias + added)`.
+/// What follows a convolution: `activation(x * scale + bias + added)`, which may be multiplied and added to once more.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct After<'a> {
     /// One factor for each filter.
@@ -106,8 +106,24 @@ pub struct After<'a> {
     pub bias: Option<&'a [f32]>,
     /// As many values as the output has.
     pub added: Option<&'a [f32]>,
-    /// The function at the end.
+    /// The function of the sum.
     pub activation: Activation,
+    /// A factor and an addition behind the function.
+    pub then: Option<(f32, f32)>,
+}
+
+impl After<'_> {
+    /// Finishes a row of the filter with this number.
+    fn finish(&self, values: &mut [f32], filter: usize, added: &[f32]) {
+        let scale = self.scale.map_or(1.0, |scale| scale[filter]);
+        let bias = self.bias.map_or(0.0, |bias| bias[filter]);
+        if scale != 1.0 || bias != 0.0 || !added.is_empty() || self.activation != Activation::Identity {
+            line(values, scale, bias, added, self.activation);
+        }
+        if let Some((scale, bias)) = self.then {
+            line(values, scale, bias, &[], Activation::Identity);
+        }
+    }
 }
 
 /// A piece of the matrix of filters, row-major.
@@ -340,20 +356,15 @@ fn chunk_of_group<F: Filters>(
 
     for filter in 0..count {
         let at = group * count + filter;
-        let scale = after.scale.map_or(1.0, |scale| scale[at]);
-        let bias = after.bias.map_or(0.0, |bias| bias[at]);
-        let plain = scale == 1.0 && bias == 0.0 && after.added.is_none() && after.activation == Activation::Identity;
         if straight {
             let start = place + filter * pixels.1 + first_row;
             let added = after.added.map_or(&[][..], |added| &added[start..start + columns]);
-            if !plain {
-                line(&mut out[start..start + columns], scale, bias, added, after.activation);
-            }
+            after.finish(&mut out[start..start + columns], at, added);
             continue;
         }
         let values = &mut sums[filter * target_stride..][..columns];
-        if !plain && after.added.is_none() {
-            line(values, scale, bias, &[], after.activation);
+        if after.added.is_none() {
+            after.finish(values, at, &[]);
         }
         let width = geometry.output[1];
         for (number, image) in chunk.images.clone().enumerate() {
@@ -364,7 +375,7 @@ fn chunk_of_group<F: Filters>(
                 let to = &mut out[start..start + width];
                 copy_row(to, &values[from..from + width]);
                 if let Some(added) = after.added {
-                    line(to, scale, bias, &added[start..start + width], after.activation);
+                    after.finish(to, at, &added[start..start + width]);
                 }
             }
         }

@@ -27,7 +27,8 @@ fn reference(input: &[f32], images: usize, g: &Geometry, filters: &[f32], after:
                     let mut value = sum as f32 * after.scale.map_or(1.0, |scale| scale[filter]);
                     value += after.bias.map_or(0.0, |bias| bias[filter]);
                     value += after.added.map_or(0.0, |added| added[out.len()]);
-                    out.push(if after.activation == Activation::Relu { value.max(0.0) } else { value });
+                    value = if after.activation == Activation::Relu { value.max(0.0) } else { value };
+                    out.push(after.then.map_or(value, |(scale, bias)| value * scale + bias));
                 }
             }
         }
@@ -98,6 +99,7 @@ fn convolutions_of_random_shapes_are_those_of_the_definition() {
             bias: some(&bias[..]),
             added: some(&added[..]),
             activation: [Activation::Identity, Activation::Relu][round % 2],
+            then: [None, None, Some((0.5, 2.0))][round % 3],
         };
         let expected = reference(&values, images, &geometry, &weights, after);
         let what = format!("round {round}, {images} images: {geometry:?}");
