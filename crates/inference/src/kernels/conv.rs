@@ -22,6 +22,7 @@
 
 use super::epilogue::{Activation, line};
 use super::gemm::{Operand, scattered_product};
+use super::rows::{copy_rows, every_second};
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -369,14 +370,13 @@ fn chunk_of_group<F: Filters>(
         let width = geometry.output[1];
         for (number, image) in chunk.images.clone().enumerate() {
             let plane = (image * geometry.filters + at) * pixels.1;
-            for row in chunk.rows.clone() {
-                let from = (number * layout.period + row - chunk.rows.start) * layout.width;
-                let start = plane + row * width;
-                let to = &mut out[start..start + width];
-                copy_row(to, &values[from..from + width]);
-                if let Some(added) = after.added {
-                    after.finish(to, at, &added[start..start + width]);
-                }
+            let from = &values[number * layout.period * layout.width..];
+            let start = plane + first_row;
+            let rows = chunk.rows.len();
+            let to = &mut out[start..start + rows * width];
+            copy_rows(to, width, from, layout.width, (rows, width));
+            if let Some(added) = after.added {
+                after.finish(to, at, &added[start..start + rows * width]);
             }
         }
     }
@@ -413,60 +413,43 @@ fn fill<'a>(
     let first = pad[1].saturating_sub(phase[1]).div_ceil(right);
     let start = first * right + phase[1] - pad[1];
     let count = input[1].saturating_sub(start).div_ceil(right).min(layout.width.saturating_sub(first));
-    for (number, row) in plane.chunks_mut(layout.width).enumerate() {
-        let (place, y) = (number / layout.period, number % layout.period);
-        // A single image goes on below the period, into its padding or the rows of the next chunk.
-        let (place, y) = if chunk.images.len() == 1 { (0, number) } else { (place, y) };
-        let source = ((chunk.rows.start + y) * down + phase[0]).checked_sub(pad[0]).filter(|&y| y < input[0]);
-        let (Some(source), true) = (source, place < chunk.images.len()) else {
-            row.fill(0.0);
-            continue;
-        };
-        let source = &image(chunk.images.start + place)[source * input[1]..][..input[1]];
-        let (before, rest) = row.split_at_mut(first.min(row.len()));
-        let (middle, behind) = rest.split_at_mut(count.min(rest.len()));
-        before.fill(0.0);
-        behind.fill(0.0);
-        if middle.is_empty() {
+    plane.fill(0.0);
+    // Likewise the rows. A single image goes on below the period, into the rows of the next chunk.
+    let single = chunk.images.len() == 1;
+    let above = pad[0].saturating_sub(chunk.rows.start * down + phase[0]).div_ceil(down);
+    let top = (chunk.rows.start + above) * down + phase[0] - pad[0];
+    let rows = input[0].saturating_sub(top).div_ceil(down);
+    for (place, image_number) in chunk.images.clone().enumerate() {
+        let source = image(image_number);
+        let begin = (place * layout.period + above) * layout.width + first;
+        // What of these rows the plane has room for; the last may be cut.
+        let left = plane.len().saturating_sub(begin);
+        let rows = if single { rows } else { rows.min(layout.period.saturating_sub(above)) };
+        let whole = rows.min((left + layout.width - count.min(left)) / layout.width);
+        if count == 0 || rows == 0 || left == 0 {
             continue;
         }
-        match right {
-            1 => copy_row(middle, &source[start..start + middle.len()]),
-            2 => every_second(middle, &source[start..]),
-            _ => {
-                for (to, from) in middle.iter_mut().zip(source[start..].iter().step_by(right)) {
-                    *to = *from;
-                }
+        let target = &mut plane[begin..];
+        let from = &source[top * input[1] + start..];
+        if right == 1 {
+            copy_rows(target, layout.width, from, down * input[1], (whole, count));
+        }
+        for row in 0..rows.min(whole + 1) {
+            if right == 1 && row < whole {
+                continue;
+            }
+            let at = row * layout.width;
+            if at >= target.len() {
+                break;
+            }
+            let len = count.min(target.len() - at);
+            let (to, from) = (&mut target[at..at + len], &from[row * down * input[1]..]);
+            match right {
+                1 => to.copy_from_slice(&from[..len]),
+                2 => every_second(to, from),
+                _ => to.iter_mut().zip(from.iter().step_by(right)).for_each(|(to, from)| *to = *from),
             }
         }
-    }
-}
-
-/// Copies a row. Most rows are so short that a call of memcpy would cost more than the copy.
-#[inline(always)]
-fn copy_row(to: &mut [f32], from: &[f32]) {
-    if to.len() > 32 {
-        return to.copy_from_slice(from);
-    }
-    let (mut to, mut from) = (to.chunks_exact_mut(4), from.chunks_exact(4));
-    for (to, from) in (&mut to).zip(&mut from) {
-        to.copy_from_slice(from);
-    }
-    for (to, from) in to.into_remainder().iter_mut().zip(from.remainder()) {
-        *to = *from;
-    }
-}
-
-/// Takes elements 0, 2, 4, ...; the pairs let the compiler shuffle vectors.
-#[inline(always)]
-fn every_second(to: &mut [f32], from: &[f32]) {
-    let whole = from.len() / 2;
-    let (paired, rest) = to.split_at_mut(whole.min(to.len()));
-    for (to, pair) in paired.iter_mut().zip(from.chunks_exact(2)) {
-        *to = pair[0];
-    }
-    if let (Some(to), Some(from)) = (rest.first_mut(), from.get(whole * 2)) {
-        *to = *from;
     }
 }
 

@@ -7,15 +7,17 @@
 //! Invariants:
 //! - no kernel knows where its operands lie, or of tract;
 //! - a result depends on the processor only by rounding: sums are formed in another order;
-//! - `unsafe` is confined to [`lanes`], [`micro`], [`gemm`], [`epilogue`] and [`recurrent`], behind functions that check
+//! - `unsafe` is confined to [`lanes`], [`levels`], [`micro`], [`rows`], [`gemm`] and [`epilogue`], behind functions that check
 //!   what they are given once.
 
 pub mod conv;
 pub mod epilogue;
 pub mod gemm;
 mod lanes;
+mod levels;
 mod micro;
 pub mod recurrent;
+mod rows;
 
 #[cfg(test)]
 pub(crate) mod tests;

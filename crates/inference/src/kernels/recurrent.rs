@@ -2,43 +2,10 @@
 //!
 //! Responsible for: the equations of ONNX's LSTM and GRU (operators of the same names, default activations), one row of
 //! the batch at a time. Gates lie side by side in a row, in ONNX's order.
-#![allow(unsafe_code)] // Calls of functions that need features of the processor.
+#![allow(unsafe_code)] // In the macro: calls of functions that need features of the processor.
 
 use super::epilogue::{sigmoid, tanh};
-use super::lanes::{Level, level};
-
-/// A function whose body is compiled once for each level; the processor's is called.
-macro_rules! for_levels {
-    ($(#[$doc:meta])* $name:ident($($argument:ident: $type:ty),*) $body:block) => {
-        $(#[$doc])*
-        pub fn $name($($argument: $type),*) {
-            #[inline(always)]
-            fn body($($argument: $type),*) $body
-
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512dq,avx512vl,avx2,fma")]
-            fn avx512($($argument: $type),*) {
-                body($($argument),*)
-            }
-
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
-            fn avx2($($argument: $type),*) {
-                body($($argument),*)
-            }
-
-            match level() {
-                // SAFETY: the level says that the processor has these features.
-                #[cfg(target_arch = "x86_64")]
-                Level::Avx512 => unsafe { avx512($($argument),*) },
-                // SAFETY: as above.
-                #[cfg(target_arch = "x86_64")]
-                Level::Avx2 => unsafe { avx2($($argument),*) },
-                Level::Base => body($($argument),*),
-            }
-        }
-    };
-}
+use super::levels::for_levels;
 
 for_levels! {
     /// LSTM: from the sums of the gates i, o, f, c and the cell of the step before to the cell and the output.
