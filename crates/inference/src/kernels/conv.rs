@@ -20,6 +20,7 @@
 //!
 //! Invariant: filters are walked tile by tile, once a chunk, and no tile is needed with another.
 
+use super::depthwise;
 use super::epilogue::{Activation, line};
 use super::gemm::{Operand, scattered_product};
 use super::rows::{copy_rows, every_second};
@@ -249,6 +250,9 @@ pub fn conv<F: Filters>(
         return Ok(());
     }
     let geometry = &geometry.lying();
+    if depthwise::serves(geometry) {
+        return each_channel(out, input, geometry, filters, after);
+    }
     let layout = Layout::new(geometry);
     let mut scratch = SCRATCH.take();
     let mut done = Ok(());
@@ -262,6 +266,50 @@ pub fn conv<F: Filters>(
     }
     SCRATCH.set(scratch);
     done
+}
+
+/// A convolution whose groups have one channel each.
+fn each_channel<F: Filters>(
+    out: &mut [f32],
+    input: &[f32],
+    geometry: &Geometry,
+    filters: &mut F,
+    after: After<'_>,
+) -> Result<(), F::Error> {
+    let depth = geometry.depth();
+    let pixels = (Geometry::pixels(geometry.input), Geometry::pixels(geometry.output));
+    let mut taps = vec![0.0; geometry.filters * depth];
+    filters.walk(0..geometry.filters, &mut |tile| {
+        let to = &mut taps[tile.row0 * depth + tile.col0..];
+        copy_rows(to, depth, tile.data, tile.cols, (tile.rows, tile.cols));
+    })?;
+    // What can be done before the values are written.
+    let limits = match after.activation {
+        Activation::Relu => Some((0.0, f32::INFINITY)),
+        Activation::Clip(low, high) => Some((low, high)),
+        Activation::Identity => Some((f32::NEG_INFINITY, f32::INFINITY)),
+        _ => None,
+    };
+    let limits = limits.filter(|_| after.added.is_none());
+    for (number, out) in out.chunks_exact_mut(pixels.1).enumerate() {
+        let (image, filter) = (number / geometry.filters, number % geometry.filters);
+        let channel = image * geometry.channels + filter / geometry.group_filters();
+        let picture = &input[channel * pixels.0..][..pixels.0];
+        let value = |values: Option<&[f32]>, otherwise| values.map_or(otherwise, |values| values[filter]);
+        let (scale, bias) = match limits {
+            Some(_) => (value(after.scale, 1.0), value(after.bias, 0.0)),
+            None => (1.0, 0.0),
+        };
+        let ends = limits.unwrap_or((f32::NEG_INFINITY, f32::INFINITY));
+        depthwise::channel(out, picture, geometry, &taps[filter * depth..][..depth], scale, bias, ends);
+        if limits.is_none() {
+            let added = after.added.map_or(&[][..], |added| &added[number * pixels.1..][..pixels.1]);
+            after.finish(out, filter, added);
+        } else if let Some((scale, bias)) = after.then {
+            line(out, scale, bias, &[], Activation::Identity);
+        }
+    }
+    Ok(())
 }
 
 fn chunks(geometry: &Geometry, layout: Layout, images: usize) -> impl Iterator<Item = Chunk> {

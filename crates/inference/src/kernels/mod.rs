@@ -7,10 +7,12 @@
 //! Invariants:
 //! - no kernel knows where its operands lie, or of tract;
 //! - a result depends on the processor only by rounding: sums are formed in another order;
-//! - `unsafe` is confined to [`lanes`], [`levels`], [`micro`], [`rows`], [`gemm`] and [`epilogue`], behind functions that check
+//! - `unsafe` is confined to [`lanes`], [`levels`], [`micro`], [`rows`], [`depthwise`], [`gemm`] and
+//!   [`epilogue`], behind functions that check
 //!   what they are given once.
 
 pub mod conv;
+mod depthwise;
 pub mod epilogue;
 pub mod gemm;
 mod lanes;

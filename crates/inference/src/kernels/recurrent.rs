@@ -73,3 +73,56 @@ for_levels! {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::tests::{Random, at_each_level, close};
+
+    fn sigmoid(x: f32) -> f32 {
+        1.0 / (1.0 + (-x).exp())
+    }
+
+    #[test]
+    fn steps_are_those_of_the_definition() {
+        let mut random = Random::new(9);
+        at_each_level(|level| {
+            for size in [0, 1, 7, 16, 40, 129] {
+                let gates = random.values(4 * size);
+                let (before, recurrent) = (random.values(size), random.values(3 * size));
+                let (mut cell, mut output) = (before.clone(), vec![0.0; size]);
+                lstm(&gates, &mut cell, &mut output);
+                let cells: Vec<f32> = (0..size)
+                    .map(|at| {
+                        let kept = sigmoid(gates[2 * size + at]) * before[at];
+                        kept + sigmoid(gates[at]) * gates[3 * size + at].tanh()
+                    })
+                    .collect();
+                let outputs: Vec<f32> = (0..size).map(|at| sigmoid(gates[size + at]) * cells[at].tanh()).collect();
+                close(&cell, &cells, 1e-6, &format!("cell of {size}, {level:?}"));
+                close(&output, &outputs, 1e-6, &format!("LSTM of {size}, {level:?}"));
+
+                gru_after(&gates, &recurrent, &before, &mut output);
+                let blend =
+                    |update: f32, candidate: f32, at: usize| (1.0 - update) * candidate.tanh() + update * before[at];
+                let outputs: Vec<f32> = (0..size)
+                    .map(|at| {
+                        let reset = sigmoid(gates[size + at] + recurrent[size + at]);
+                        let candidate = gates[2 * size + at] + reset * recurrent[2 * size + at];
+                        blend(sigmoid(gates[at] + recurrent[at]), candidate, at)
+                    })
+                    .collect();
+                close(&output, &outputs, 1e-6, &format!("GRU of {size}, {level:?}"));
+
+                gru_reset(&gates, &before, &mut output);
+                let outputs: Vec<f32> = (0..size).map(|at| sigmoid(gates[size + at]) * before[at]).collect();
+                close(&output, &outputs, 1e-6, &format!("reset of {size}, {level:?}"));
+
+                gru_before(&gates, &before, &mut output);
+                let outputs: Vec<f32> =
+                    (0..size).map(|at| blend(sigmoid(gates[at]), gates[2 * size + at], at)).collect();
+                close(&output, &outputs, 1e-6, &format!("candidate of {size}, {level:?}"));
+            }
+        });
+    }
+}

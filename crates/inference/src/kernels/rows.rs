@@ -104,10 +104,14 @@ super::levels::for_levels! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::tests::Random;
+    use crate::kernels::tests::{Random, at_each_level};
 
     #[test]
     fn rows_of_any_length_are_copied_and_nothing_else() {
+        at_each_level(|_| check());
+    }
+
+    fn check() {
         let mut random = Random::new(2);
         for _ in 0..200 {
             let (rows, columns) = (random.between(1, 6), random.between(1, 80));
