@@ -23,7 +23,7 @@
 use super::depthwise;
 use super::epilogue::{Activation, line};
 use super::gemm::{Operand, scattered_product};
-use super::rows::{copy_rows, every_second};
+use super::rows::copy_rows;
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -281,7 +281,7 @@ fn each_channel<F: Filters>(
     let mut taps = vec![0.0; geometry.filters * depth];
     filters.walk(0..geometry.filters, &mut |tile| {
         let to = &mut taps[tile.row0 * depth + tile.col0..];
-        copy_rows(to, depth, tile.data, tile.cols, (tile.rows, tile.cols));
+        copy_rows::<1>(to, depth, tile.data, tile.cols, (tile.rows, tile.cols));
     })?;
     // What can be done before the values are written.
     let limits = match after.activation {
@@ -422,7 +422,7 @@ fn chunk_of_group<F: Filters>(
             let start = plane + first_row;
             let rows = chunk.rows.len();
             let to = &mut out[start..start + rows * width];
-            copy_rows(to, width, from, layout.width, (rows, width));
+            copy_rows::<1>(to, width, from, layout.width, (rows, width));
             if let Some(added) = after.added {
                 after.finish(to, at, &added[start..start + rows * width]);
             }
@@ -479,24 +479,16 @@ fn fill<'a>(
         }
         let target = &mut plane[begin..];
         let from = &source[top * input[1] + start..];
-        if right == 1 {
-            copy_rows(target, layout.width, from, down * input[1], (whole, count));
+        let shape = (whole, count);
+        match right {
+            1 => copy_rows::<1>(target, layout.width, from, down * input[1], shape),
+            2 => copy_rows::<2>(target, layout.width, from, down * input[1], shape),
+            _ => {}
         }
-        for row in 0..rows.min(whole + 1) {
-            if right == 1 && row < whole {
-                continue;
-            }
-            let at = row * layout.width;
-            if at >= target.len() {
-                break;
-            }
-            let len = count.min(target.len() - at);
-            let (to, from) = (&mut target[at..at + len], &from[row * down * input[1]..]);
-            match right {
-                1 => to.copy_from_slice(&from[..len]),
-                2 => every_second(to, from),
-                _ => to.iter_mut().zip(from.iter().step_by(right)).for_each(|(to, from)| *to = *from),
-            }
+        for row in if right <= 2 { whole } else { 0 }..rows.min(whole + 1) {
+            let Some(to) = target.get_mut(row * layout.width..) else { break };
+            let from = from[row * down * input[1]..].iter().step_by(right);
+            to.iter_mut().take(count).zip(from).for_each(|(to, from)| *to = *from);
         }
     }
 }

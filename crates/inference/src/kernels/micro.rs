@@ -12,6 +12,7 @@
 //!   rows     +----+----+----+----+  all the work, which goes best along whole rows of a tile
 //! ```
 #![allow(unsafe_code)] // Operands by pointer: their bounds were checked for the whole product (gemm.rs).
+#![allow(clippy::needless_range_loop)] // Loops over registers by number, as the drawing has them; all unroll.
 
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Eight, Sixteen};

@@ -66,7 +66,7 @@ fn with_user(model: &TypedModel, id: usize) -> TractResult<Option<(usize, Convol
             let behind = op.activation != Activation::Identity && constant.len() == 1;
             let (scale, bias) = op.then.unwrap_or((1.0, 0.0));
             let value = values[0];
-            let taken = match &*binary.0.name() {
+            let taken = match binary.0.name() {
                 "Add" if open => op.shift(&values),
                 "Sub" if open && inlet.slot == 0 => op.shift(&values.iter().map(|value| -value).collect::<Vec<_>>()),
                 "Mul" if open => op.stretch(&values),
@@ -84,7 +84,7 @@ fn with_user(model: &TypedModel, id: usize) -> TractResult<Option<(usize, Convol
             return Ok(taken.then_some((inlet.node, op, None)));
         }
         // The other operand was there before: it cannot depend on what has no other user.
-        if &*binary.0.name() == "Add" && open && !op.added && other != outlet && same(fact) {
+        if binary.0.name() == "Add" && open && !op.added && other != outlet && same(fact) {
             op.added = true;
             return Ok(Some((inlet.node, op, Some(other))));
         }
@@ -117,7 +117,7 @@ fn hard_swish(model: &TypedModel, id: usize) -> TractResult<Option<usize>> {
     if !node.op_as::<Convolution>().is_some_and(open) {
         return Ok(None);
     }
-    let named = |id: usize, name: &str| model.nodes[id].op_as::<TypedBinOp>().is_some_and(|op| &*op.0.name() == name);
+    let named = |id: usize, name: &str| model.nodes[id].op_as::<TypedBinOp>().is_some_and(|op| op.0.name() == name);
     let (sum, product) = if named(first.node, "Add") { (first.node, second.node) } else { (second.node, first.node) };
     if !named(product, "Mul") || !named(sum, "Add") {
         return Ok(None);
