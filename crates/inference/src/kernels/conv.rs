@@ -20,8 +20,10 @@
 //!
 //! Invariant: filters are walked tile by tile, once a chunk, and no tile is needed with another.
 
+use super::depthwise;
 use super::epilogue::{Activation, line};
 use super::gemm::{Operand, scattered_product};
+use super::rows::copy_rows;
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -97,7 +99,7 @@ impl Geometry {
     }
 }
 
-/// What follows a convolution: `activation(x * scale + bias + added)`.
+/// What follows a convolution: `activation(x * scale + bias + added)`, which may be multiplied and added to once more.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct After<'a> {
     /// One factor for each filter.
@@ -106,8 +108,24 @@ pub struct After<'a> {
     pub bias: Option<&'a [f32]>,
     /// As many values as the output has.
     pub added: Option<&'a [f32]>,
-    /// The function at the end.
+    /// The function of the sum.
     pub activation: Activation,
+    /// A factor and an addition behind the function.
+    pub then: Option<(f32, f32)>,
+}
+
+impl After<'_> {
+    /// Finishes a row of the filter with this number.
+    fn finish(&self, values: &mut [f32], filter: usize, added: &[f32]) {
+        let scale = self.scale.map_or(1.0, |scale| scale[filter]);
+        let bias = self.bias.map_or(0.0, |bias| bias[filter]);
+        if scale != 1.0 || bias != 0.0 || !added.is_empty() || self.activation != Activation::Identity {
+            line(values, scale, bias, added, self.activation);
+        }
+        if let Some((scale, bias)) = self.then {
+            line(values, scale, bias, &[], Activation::Identity);
+        }
+    }
 }
 
 /// A piece of the matrix of filters, row-major.
@@ -232,6 +250,9 @@ pub fn conv<F: Filters>(
         return Ok(());
     }
     let geometry = &geometry.lying();
+    if depthwise::serves(geometry) {
+        return each_channel(out, input, geometry, filters, after);
+    }
     let layout = Layout::new(geometry);
     let mut scratch = SCRATCH.take();
     let mut done = Ok(());
@@ -245,6 +266,50 @@ pub fn conv<F: Filters>(
     }
     SCRATCH.set(scratch);
     done
+}
+
+/// A convolution whose groups have one channel each.
+fn each_channel<F: Filters>(
+    out: &mut [f32],
+    input: &[f32],
+    geometry: &Geometry,
+    filters: &mut F,
+    after: After<'_>,
+) -> Result<(), F::Error> {
+    let depth = geometry.depth();
+    let pixels = (Geometry::pixels(geometry.input), Geometry::pixels(geometry.output));
+    let mut taps = vec![0.0; geometry.filters * depth];
+    filters.walk(0..geometry.filters, &mut |tile| {
+        let to = &mut taps[tile.row0 * depth + tile.col0..];
+        copy_rows::<1>(to, depth, tile.data, tile.cols, (tile.rows, tile.cols));
+    })?;
+    // What can be done before the values are written.
+    let limits = match after.activation {
+        Activation::Relu => Some((0.0, f32::INFINITY)),
+        Activation::Clip(low, high) => Some((low, high)),
+        Activation::Identity => Some((f32::NEG_INFINITY, f32::INFINITY)),
+        _ => None,
+    };
+    let limits = limits.filter(|_| after.added.is_none());
+    for (number, out) in out.chunks_exact_mut(pixels.1).enumerate() {
+        let (image, filter) = (number / geometry.filters, number % geometry.filters);
+        let channel = image * geometry.channels + filter / geometry.group_filters();
+        let picture = &input[channel * pixels.0..][..pixels.0];
+        let value = |values: Option<&[f32]>, otherwise| values.map_or(otherwise, |values| values[filter]);
+        let (scale, bias) = match limits {
+            Some(_) => (value(after.scale, 1.0), value(after.bias, 0.0)),
+            None => (1.0, 0.0),
+        };
+        let ends = limits.unwrap_or((f32::NEG_INFINITY, f32::INFINITY));
+        depthwise::channel(out, picture, geometry, &taps[filter * depth..][..depth], scale, bias, ends);
+        if limits.is_none() {
+            let added = after.added.map_or(&[][..], |added| &added[number * pixels.1..][..pixels.1]);
+            after.finish(out, filter, added);
+        } else if let Some((scale, bias)) = after.then {
+            line(out, scale, bias, &[], Activation::Identity);
+        }
+    }
+    Ok(())
 }
 
 fn chunks(geometry: &Geometry, layout: Layout, images: usize) -> impl Iterator<Item = Chunk> {
@@ -340,32 +405,26 @@ fn chunk_of_group<F: Filters>(
 
     for filter in 0..count {
         let at = group * count + filter;
-        let scale = after.scale.map_or(1.0, |scale| scale[at]);
-        let bias = after.bias.map_or(0.0, |bias| bias[at]);
-        let plain = scale == 1.0 && bias == 0.0 && after.added.is_none() && after.activation == Activation::Identity;
         if straight {
             let start = place + filter * pixels.1 + first_row;
             let added = after.added.map_or(&[][..], |added| &added[start..start + columns]);
-            if !plain {
-                line(&mut out[start..start + columns], scale, bias, added, after.activation);
-            }
+            after.finish(&mut out[start..start + columns], at, added);
             continue;
         }
         let values = &mut sums[filter * target_stride..][..columns];
-        if !plain && after.added.is_none() {
-            line(values, scale, bias, &[], after.activation);
+        if after.added.is_none() {
+            after.finish(values, at, &[]);
         }
         let width = geometry.output[1];
         for (number, image) in chunk.images.clone().enumerate() {
             let plane = (image * geometry.filters + at) * pixels.1;
-            for row in chunk.rows.clone() {
-                let from = (number * layout.period + row - chunk.rows.start) * layout.width;
-                let start = plane + row * width;
-                let to = &mut out[start..start + width];
-                copy_row(to, &values[from..from + width]);
-                if let Some(added) = after.added {
-                    line(to, scale, bias, &added[start..start + width], after.activation);
-                }
+            let from = &values[number * layout.period * layout.width..];
+            let start = plane + first_row;
+            let rows = chunk.rows.len();
+            let to = &mut out[start..start + rows * width];
+            copy_rows::<1>(to, width, from, layout.width, (rows, width));
+            if let Some(added) = after.added {
+                after.finish(to, at, &added[start..start + rows * width]);
             }
         }
     }
@@ -402,60 +461,35 @@ fn fill<'a>(
     let first = pad[1].saturating_sub(phase[1]).div_ceil(right);
     let start = first * right + phase[1] - pad[1];
     let count = input[1].saturating_sub(start).div_ceil(right).min(layout.width.saturating_sub(first));
-    for (number, row) in plane.chunks_mut(layout.width).enumerate() {
-        let (place, y) = (number / layout.period, number % layout.period);
-        // A single image goes on below the period, into its padding or the rows of the next chunk.
-        let (place, y) = if chunk.images.len() == 1 { (0, number) } else { (place, y) };
-        let source = ((chunk.rows.start + y) * down + phase[0]).checked_sub(pad[0]).filter(|&y| y < input[0]);
-        let (Some(source), true) = (source, place < chunk.images.len()) else {
-            row.fill(0.0);
-            continue;
-        };
-        let source = &image(chunk.images.start + place)[source * input[1]..][..input[1]];
-        let (before, rest) = row.split_at_mut(first.min(row.len()));
-        let (middle, behind) = rest.split_at_mut(count.min(rest.len()));
-        before.fill(0.0);
-        behind.fill(0.0);
-        if middle.is_empty() {
+    plane.fill(0.0);
+    // Likewise the rows. A single image goes on below the period, into the rows of the next chunk.
+    let single = chunk.images.len() == 1;
+    let above = pad[0].saturating_sub(chunk.rows.start * down + phase[0]).div_ceil(down);
+    let top = (chunk.rows.start + above) * down + phase[0] - pad[0];
+    let rows = input[0].saturating_sub(top).div_ceil(down);
+    for (place, image_number) in chunk.images.clone().enumerate() {
+        let source = image(image_number);
+        let begin = (place * layout.period + above) * layout.width + first;
+        // What of these rows the plane has room for; the last may be cut.
+        let left = plane.len().saturating_sub(begin);
+        let rows = if single { rows } else { rows.min(layout.period.saturating_sub(above)) };
+        let whole = rows.min((left + layout.width - count.min(left)) / layout.width);
+        if count == 0 || rows == 0 || left == 0 {
             continue;
         }
+        let target = &mut plane[begin..];
+        let from = &source[top * input[1] + start..];
+        let shape = (whole, count);
         match right {
-            1 => copy_row(middle, &source[start..start + middle.len()]),
-            2 => every_second(middle, &source[start..]),
-            _ => {
-                for (to, from) in middle.iter_mut().zip(source[start..].iter().step_by(right)) {
-                    *to = *from;
-                }
-            }
+            1 => copy_rows::<1>(target, layout.width, from, down * input[1], shape),
+            2 => copy_rows::<2>(target, layout.width, from, down * input[1], shape),
+            _ => {}
         }
-    }
-}
-
-/// Copies a row. Most rows are so short that a call of memcpy would cost more than the copy.
-#[inline(always)]
-fn copy_row(to: &mut [f32], from: &[f32]) {
-    if to.len() > 32 {
-        return to.copy_from_slice(from);
-    }
-    let (mut to, mut from) = (to.chunks_exact_mut(4), from.chunks_exact(4));
-    for (to, from) in (&mut to).zip(&mut from) {
-        to.copy_from_slice(from);
-    }
-    for (to, from) in to.into_remainder().iter_mut().zip(from.remainder()) {
-        *to = *from;
-    }
-}
-
-/// Takes elements 0, 2, 4, ...; the pairs let the compiler shuffle vectors.
-#[inline(always)]
-fn every_second(to: &mut [f32], from: &[f32]) {
-    let whole = from.len() / 2;
-    let (paired, rest) = to.split_at_mut(whole.min(to.len()));
-    for (to, pair) in paired.iter_mut().zip(from.chunks_exact(2)) {
-        *to = pair[0];
-    }
-    if let (Some(to), Some(from)) = (rest.first_mut(), from.get(whole * 2)) {
-        *to = *from;
+        for row in if right <= 2 { whole } else { 0 }..rows.min(whole + 1) {
+            let Some(to) = target.get_mut(row * layout.width..) else { break };
+            let from = from[row * down * input[1]..].iter().step_by(right);
+            to.iter_mut().take(count).zip(from).for_each(|(to, from)| *to = *from);
+        }
     }
 }
 

@@ -1,5 +1,5 @@
 use super::*;
-use crate::kernels::tests::{Random, close};
+use crate::kernels::tests::{Random, at_each_level, close};
 
 fn reference(input: &[f32], images: usize, g: &Geometry, filters: &[f32], after: After<'_>) -> Vec<f32> {
     let mut out = Vec::new();
@@ -27,7 +27,8 @@ fn reference(input: &[f32], images: usize, g: &Geometry, filters: &[f32], after:
                     let mut value = sum as f32 * after.scale.map_or(1.0, |scale| scale[filter]);
                     value += after.bias.map_or(0.0, |bias| bias[filter]);
                     value += after.added.map_or(0.0, |added| added[out.len()]);
-                    out.push(if after.activation == Activation::Relu { value.max(0.0) } else { value });
+                    value = if after.activation == Activation::Relu { value.max(0.0) } else { value };
+                    out.push(after.then.map_or(value, |(scale, bias)| value * scale + bias));
                 }
             }
         }
@@ -60,17 +61,26 @@ impl Filters for Tiles<'_> {
 
 #[test]
 fn convolutions_of_random_shapes_are_those_of_the_definition() {
-    let mut random = Random::new(21);
+    at_each_level(|level| {
+        let checked = check(level as u64 + 21, 300);
+        assert!(checked > 200, "{checked}");
+    });
+}
+
+/// Checks random convolutions; returns how many there were.
+fn check(seed: u64, rounds: usize) -> usize {
+    let mut random = Random::new(seed);
     let mut checked = 0;
-    for round in 0..1200 {
+    for round in 0..rounds {
         let groups = [1, 1, 1, 2, 3, 8][random.below(6)];
         let wide = random.below(4) == 0;
         let most = if wide { 40 } else { 9 };
         let channels = groups * if groups == 8 { 1 } else { random.between(1, most) };
         let filters = groups * random.between(1, if groups == 8 { 2 } else { most });
         let pick = |random: &mut Random, most: usize| [random.between(1, most), random.between(1, most)];
-        let (mut kernel, stride, dilation) = match random.below(4) {
+        let (mut kernel, stride, dilation) = match random.below(5) {
             0 => ([3, 3], [1, 1], [1, 1]),
+            2 => ([[3, 3], [5, 5]][random.below(2)], [[1, 1], [2, 2]][random.below(2)], [1, 1]),
             1 => ([1, 1], pick(&mut random, 2), [1, 1]),
             _ => (pick(&mut random, 5), pick(&mut random, 3), pick(&mut random, 3)),
         };
@@ -98,6 +108,7 @@ fn convolutions_of_random_shapes_are_those_of_the_definition() {
             bias: some(&bias[..]),
             added: some(&added[..]),
             activation: [Activation::Identity, Activation::Relu][round % 2],
+            then: [None, None, Some((0.5, 2.0))][round % 3],
         };
         let expected = reference(&values, images, &geometry, &weights, after);
         let what = format!("round {round}, {images} images: {geometry:?}");
@@ -111,7 +122,7 @@ fn convolutions_of_random_shapes_are_those_of_the_definition() {
         close(&out, &expected, 1e-5 * geometry.depth() as f32 + 1e-5, &what);
         checked += 1;
     }
-    assert!(checked > 800, "{checked}");
+    checked
 }
 
 #[test]

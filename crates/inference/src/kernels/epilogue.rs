@@ -197,7 +197,7 @@ fn gelu(x: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::tests::{Random, close};
+    use crate::kernels::tests::{Random, at_each_level, close};
 
     fn reference(x: f32, activation: Activation) -> f32 {
         let x = f64::from(x);
@@ -244,7 +244,11 @@ mod tests {
 
     #[test]
     fn activations_and_biases_are_those_of_the_definition() {
-        let mut random = Random::new(3);
+        at_each_level(|level| check(level as u64 + 3));
+    }
+
+    fn check(seed: u64) {
+        let mut random = Random::new(seed);
         for activation in ALL {
             for bias in 0..3 {
                 let (rows, columns, stride) = (random.between(1, 9), random.between(1, 70), 75);

@@ -102,7 +102,7 @@ pub fn product(
         accumulate,
     };
     let isa = isa();
-    let along_k = (a.col_stride == 1 || k == 1) && (b.row_stride == 1 || k == 1);
+    let along_k = k == 1 || (a.col_stride == 1 && b.row_stride == 1);
     let row_major = b.col_stride == 1 || n == 1;
     // SAFETY: all elements that `whole` names were found to be there, and each way stays within them; the output is
     // borrowed exclusively; `isa` is of this processor.

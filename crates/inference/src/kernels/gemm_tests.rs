@@ -1,5 +1,5 @@
 use super::*;
-use crate::kernels::tests::{Random, close};
+use crate::kernels::tests::{Random, at_each_level, close};
 
 fn reference(
     out: &mut [f32],
@@ -36,9 +36,13 @@ fn operand(random: &mut Random, rows: usize, cols: usize) -> (Vec<f32>, usize, u
 
 #[test]
 fn products_of_random_shapes_are_those_of_the_definition() {
-    let mut random = Random::new(7);
+    at_each_level(|level| check(level as u64 + 7, 800));
+}
+
+fn check(seed: u64, rounds: usize) {
+    let mut random = Random::new(seed);
     let sizes = [0, 1, 2, 3, 4, 5, 6, 7, 8, 13, 16, 17, 28, 31, 48, 63, 64, 65, 100, 128, 129, 200, 260, 530];
-    for round in 0..1500 {
+    for round in 0..rounds {
         let mut size = || sizes[random.below(sizes.len())];
         let (m, n, k) = (size(), size(), size());
         if m * n * k > 4_000_000 {
@@ -61,61 +65,6 @@ fn products_of_random_shapes_are_those_of_the_definition() {
             1e-5 * k as f32 + 1e-6,
             &format!("round {round}: {m} x {n} x {k}, {a_row} {a_col} {b_row} {b_col}"),
         );
-    }
-}
-
-#[test]
-fn every_level_of_this_processor_computes_the_same() {
-    let mut random = Random::new(11);
-    for isa in crate::kernels::micro::all() {
-        for (m, n, k) in [(1, 300, 20), (2, 130, 300), (5, 70, 9), (7, 65, 33), (40, 129, 260), (3, 3, 77)] {
-            let (a, b) = (random.values(m * k), random.values(k * n));
-            let (left, right) = (Operand::row_major(&a, k), Operand::row_major(&b, n));
-            let mut expected = vec![0.0; m * n];
-            reference(&mut expected, n, (m, n, k), left, right, false);
-            for way in 0..2 {
-                let mut out = vec![0.0; m * n];
-                let part = Part {
-                    k,
-                    a: a.as_ptr(),
-                    a_row: k,
-                    a_col: 1,
-                    b: b.as_ptr(),
-                    b_row: n,
-                    offsets: std::ptr::null(),
-                    out: out.as_mut_ptr(),
-                    out_row: n,
-                    columns: n,
-                    accumulate: false,
-                };
-                // SAFETY: the vectors hold what the part names.
-                unsafe {
-                    match way {
-                        0 if m <= LINE_MAX => lines(isa, m, part),
-                        _ => blocks(isa, m, part, 1),
-                    }
-                }
-                close(&out, &expected, 1e-5 * k as f32, &format!("{m} x {n} x {k}, {} lanes", isa.lanes));
-            }
-            let turned: Vec<f32> = (0..n * k).map(|at| b[at % k * n + at / k]).collect();
-            let mut out = vec![0.0; m * n];
-            let part = Part {
-                k,
-                a: a.as_ptr(),
-                a_row: k,
-                a_col: 1,
-                b: turned.as_ptr(),
-                b_row: k,
-                offsets: std::ptr::null(),
-                out: out.as_mut_ptr(),
-                out_row: n,
-                columns: n,
-                accumulate: false,
-            };
-            // SAFETY: as above.
-            unsafe { dots(isa, m, part) };
-            close(&out, &expected, 1e-5 * k as f32, &format!("dots of {m} x {n} x {k}, {} lanes", isa.lanes));
-        }
     }
 }
 

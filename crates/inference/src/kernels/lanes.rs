@@ -24,6 +24,10 @@ pub(super) enum Level {
 
 /// The widest level that this processor has.
 pub(super) fn level() -> Level {
+    #[cfg(test)]
+    if let Some(level) = super::tests::ASSUMED.get() {
+        return level;
+    }
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| {
         #[cfg(target_arch = "x86_64")]
@@ -54,6 +58,9 @@ pub(super) trait Lanes: Copy {
     unsafe fn load(from: *const f32) -> Self;
     /// The first `count` elements, then zeros; `count` is in `1..=WIDTH`.
     unsafe fn load_some(from: *const f32, count: usize) -> Self;
+    /// Elements `first..end`, zeros elsewhere; `first <= end <= WIDTH`. Only these need to lie behind the pointer, which
+    /// may point outside of their memory.
+    unsafe fn load_between(from: *const f32, first: usize, end: usize) -> Self;
     unsafe fn store(self, to: *mut f32);
     unsafe fn store_some(self, to: *mut f32, count: usize);
     unsafe fn add(self, other: Self) -> Self;
@@ -61,6 +68,10 @@ pub(super) trait Lanes: Copy {
     unsafe fn fma(self, factor: Self, term: Self) -> Self;
     /// The sum of the elements.
     unsafe fn sum(self) -> f32;
+    /// Elements 0, 2, 4, ... of the two vectors as one.
+    unsafe fn even(self, other: Self) -> Self;
+    /// At least `low` and at most `high`; what is not a number stays so.
+    unsafe fn clamp(self, low: Self, high: Self) -> Self;
 }
 
 /// Four elements, in what the compiler makes of an array.
@@ -127,6 +138,29 @@ impl Lanes for Four {
     #[inline(always)]
     unsafe fn sum(self) -> f32 {
         (self.0[0] + self.0[2]) + (self.0[1] + self.0[3])
+    }
+
+    #[inline(always)]
+    unsafe fn load_between(from: *const f32, first: usize, end: usize) -> Four {
+        let mut values = [0.0; 4];
+        for (place, value) in values.iter_mut().enumerate().take(end).skip(first) {
+            // SAFETY: these elements lie there.
+            *value = unsafe { *from.wrapping_add(place) };
+        }
+        Four(values)
+    }
+
+    #[inline(always)]
+    unsafe fn even(self, other: Four) -> Four {
+        Four([self.0[0], self.0[2], other.0[0], other.0[2]])
+    }
+
+    #[inline(always)]
+    unsafe fn clamp(self, low: Four, high: Four) -> Four {
+        Four(std::array::from_fn(|lane| {
+            let value = if self.0[lane] < low.0[lane] { low.0[lane] } else { self.0[lane] };
+            if value > high.0[lane] { high.0[lane] } else { value }
+        }))
     }
 }
 
@@ -208,6 +242,30 @@ mod x86 {
                 _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
             }
         }
+
+        #[inline(always)]
+        unsafe fn load_between(from: *const f32, first: usize, end: usize) -> Eight {
+            // SAFETY: as above.
+            Eight(unsafe {
+                let mask = _mm256_andnot_si256(first_of_eight(first), first_of_eight(end));
+                _mm256_maskload_ps(from, mask)
+            })
+        }
+
+        #[inline(always)]
+        unsafe fn even(self, other: Eight) -> Eight {
+            // SAFETY: as above.
+            Eight(unsafe {
+                let pairs = _mm256_shuffle_ps::<0b10_00_10_00>(self.0, other.0);
+                _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(pairs)))
+            })
+        }
+
+        #[inline(always)]
+        unsafe fn clamp(self, low: Eight, high: Eight) -> Eight {
+            // SAFETY: as above. Of two operands, the second is given where one is not a number.
+            Eight(unsafe { _mm256_min_ps(high.0, _mm256_max_ps(low.0, self.0)) })
+        }
     }
 
     /// Sixteen elements: AVX-512F.
@@ -269,6 +327,28 @@ mod x86 {
         unsafe fn sum(self) -> f32 {
             // SAFETY: as above.
             unsafe { _mm512_reduce_add_ps(self.0) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_between(from: *const f32, first: usize, end: usize) -> Sixteen {
+            let mask = first_of_sixteen(end) & !first_of_sixteen(first);
+            // SAFETY: as above.
+            Sixteen(unsafe { _mm512_maskz_loadu_ps(mask, from) })
+        }
+
+        #[inline(always)]
+        unsafe fn even(self, other: Sixteen) -> Sixteen {
+            // SAFETY: as above.
+            Sixteen(unsafe {
+                let places = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+                _mm512_permutex2var_ps(self.0, places, other.0)
+            })
+        }
+
+        #[inline(always)]
+        unsafe fn clamp(self, low: Sixteen, high: Sixteen) -> Sixteen {
+            // SAFETY: as above. Of two operands, the second is given where one is not a number.
+            Sixteen(unsafe { _mm512_min_ps(high.0, _mm512_max_ps(low.0, self.0)) })
         }
     }
 }

@@ -12,6 +12,7 @@
 //!   rows     +----+----+----+----+  all the work, which goes best along whole rows of a tile
 //! ```
 #![allow(unsafe_code)] // Operands by pointer: their bounds were checked for the whole product (gemm.rs).
+#![allow(clippy::needless_range_loop)] // Loops over registers by number, as the drawing has them; all unroll.
 
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Eight, Sixteen};
@@ -306,16 +307,3 @@ level!(base, Four, #[inline(never)]);
 level!(avx2, Eight, #[target_feature(enable = "avx2,fma")]);
 #[cfg(target_arch = "x86_64")]
 level!(avx512, Sixteen, #[target_feature(enable = "avx512f,avx512dq,avx512vl,avx2,fma")]);
-
-/// The kernels of every level that this processor has.
-#[cfg(test)]
-pub(super) fn all() -> Vec<&'static Isa> {
-    #[cfg(target_arch = "x86_64")]
-    return match level() {
-        Level::Avx512 => vec![&base::ISA, &avx2::ISA, &avx512::ISA],
-        Level::Avx2 => vec![&base::ISA, &avx2::ISA],
-        Level::Base => vec![&base::ISA],
-    };
-    #[cfg(not(target_arch = "x86_64"))]
-    vec![&base::ISA]
-}

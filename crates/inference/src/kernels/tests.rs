@@ -1,5 +1,31 @@
 //! What the tests of kernels share.
 
+use super::lanes::{Level, level};
+use std::cell::Cell;
+
+thread_local! {
+    /// The level that this thread computes with, if not the processor's.
+    pub(super) static ASSUMED: Cell<Option<Level>> = const { Cell::new(None) };
+}
+
+/// Calls `check` once for each level that this processor has.
+pub(super) fn at_each_level(mut check: impl FnMut(Level)) {
+    ASSUMED.set(None);
+    #[cfg(target_arch = "x86_64")]
+    let levels = match level() {
+        Level::Avx512 => vec![Level::Base, Level::Avx2, Level::Avx512],
+        Level::Avx2 => vec![Level::Base, Level::Avx2],
+        Level::Base => vec![Level::Base],
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let levels = vec![level()];
+    for level in levels {
+        ASSUMED.set(Some(level));
+        check(level);
+    }
+    ASSUMED.set(None);
+}
+
 /// Numbers that are the same in every run.
 pub(crate) struct Random(u64);
 

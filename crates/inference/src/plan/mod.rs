@@ -24,6 +24,7 @@ mod names;
 mod ops;
 mod prepare;
 mod quantize;
+mod recurrent;
 mod reduce;
 pub mod refusals;
 mod repair;

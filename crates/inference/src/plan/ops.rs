@@ -21,6 +21,7 @@ pub(super) fn register(framework: &mut tract_onnx::Onnx) {
     framework.op_register.insert("ArrayFeatureExtractor", |_, _| Ok((expand(Extract), vec![])));
     super::quantize::register(framework);
     super::classical::register(framework);
+    super::recurrent::register(framework);
     super::reduce::register(framework);
     super::modulo::register(framework);
 }

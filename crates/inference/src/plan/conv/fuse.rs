@@ -40,10 +40,15 @@ fn with_user(model: &TypedModel, id: usize) -> TractResult<Option<(usize, Convol
     let node = &model.nodes[id];
     let Some(op) = node.op_as::<Convolution>() else { return Ok(None) };
     let outlet = OutletId::new(id, 0);
-    let &[inlet] = &*node.outputs[0].successors else { return Ok(None) };
-    if model.outputs.contains(&outlet) || op.activation_ends() {
+    if model.outputs.contains(&outlet) {
         return Ok(None);
     }
+    let &[inlet] = &*node.outputs[0].successors else {
+        return Ok(hard_swish(model, id)?.map(|user| {
+            let op = Convolution { activation: Activation::HardSwish, then: Some((6.0, 0.0)), ..op.clone() };
+            (user, op, None)
+        }));
+    };
     let user = &model.nodes[inlet.node];
     let same = |fact: &TypedFact| {
         fact.shape == node.outputs[0].fact.shape && fact.datum_type == node.outputs[0].fact.datum_type
@@ -58,28 +63,35 @@ fn with_user(model: &TypedModel, id: usize) -> TractResult<Option<(usize, Convol
         let open = op.activation == Activation::Identity;
         if let Some(constant) = &fact.konst {
             let Some(values) = op.of_channels(constant)? else { return Ok(None) };
-            let taken = match &*binary.0.name() {
+            let behind = op.activation != Activation::Identity && constant.len() == 1;
+            let (scale, bias) = op.then.unwrap_or((1.0, 0.0));
+            let value = values[0];
+            let taken = match binary.0.name() {
                 "Add" if open => op.shift(&values),
                 "Sub" if open && inlet.slot == 0 => op.shift(&values.iter().map(|value| -value).collect::<Vec<_>>()),
                 "Mul" if open => op.stretch(&values),
                 "Div" if open && inlet.slot == 0 => {
                     op.stretch(&values.iter().map(|value| 1.0 / value).collect::<Vec<_>>())
                 }
-                "Max" if constant.len() == 1 => op.at_least(values[0]),
-                "Min" if constant.len() == 1 => op.at_most(values[0]),
+                "Max" if constant.len() == 1 && op.then.is_none() => op.at_least(value),
+                "Min" if constant.len() == 1 && op.then.is_none() => op.at_most(value),
+                "Add" if behind => op.finally(scale, bias + value),
+                "Sub" if behind && inlet.slot == 0 => op.finally(scale, bias - value),
+                "Mul" if behind => op.finally(scale * value, bias * value),
+                "Div" if behind && inlet.slot == 0 => op.finally(scale / value, bias / value),
                 _ => false,
             };
             return Ok(taken.then_some((inlet.node, op, None)));
         }
         // The other operand was there before: it cannot depend on what has no other user.
-        if &*binary.0.name() == "Add" && open && !op.added && other != outlet && same(fact) {
+        if binary.0.name() == "Add" && open && !op.added && other != outlet && same(fact) {
             op.added = true;
             return Ok(Some((inlet.node, op, Some(other))));
         }
         return Ok(None);
     }
     let Some(function) = user.op_as::<ElementWiseOp>() else { return Ok(None) };
-    if op.activation != Activation::Identity {
+    if op.activation != Activation::Identity || op.then.is_some() {
         return Ok(None);
     }
     op.activation = match &*function.0.name() {
@@ -96,10 +108,47 @@ fn with_user(model: &TypedModel, id: usize) -> TractResult<Option<(usize, Convol
     Ok(Some((inlet.node, op, None)))
 }
 
+/// The product x * min(max(x + 3, 0), 6) of this node's value x, if that is all it is used for.
+fn hard_swish(model: &TypedModel, id: usize) -> TractResult<Option<usize>> {
+    let node = &model.nodes[id];
+    let outlet = OutletId::new(id, 0);
+    let open = |op: &Convolution| op.activation == Activation::Identity;
+    let &[first, second] = &*node.outputs[0].successors else { return Ok(None) };
+    if !node.op_as::<Convolution>().is_some_and(open) {
+        return Ok(None);
+    }
+    let named = |id: usize, name: &str| model.nodes[id].op_as::<TypedBinOp>().is_some_and(|op| op.0.name() == name);
+    let (sum, product) = if named(first.node, "Add") { (first.node, second.node) } else { (second.node, first.node) };
+    if !named(product, "Mul") || !named(sum, "Add") {
+        return Ok(None);
+    }
+    // The node's only user, if it is this function of it and this number.
+    let step = |id: usize, name: &str, number: f32| -> TractResult<Option<usize>> {
+        let constants = model.nodes[id].inputs.iter().map(|input| Ok(model.outlet_fact(*input)?.konst.clone()));
+        let constants: Vec<Arc<Tensor>> = constants.filter_map(TractResult::transpose).collect::<TractResult<_>>()?;
+        let [constant] = &*constants else { return Ok(None) };
+        let fits = named(id, name)
+            && constant.len() == 1
+            && constant.datum_type() == f32::datum_type()
+            && constant.try_as_plain_ram()?.as_slice::<f32>()? == [number];
+        let only = match &*model.nodes[id].outputs[0].successors {
+            [only] if fits && !model.outputs.contains(&OutletId::new(id, 0)) => Some(only.node),
+            _ => None,
+        };
+        Ok(only)
+    };
+    let Some(low) = step(sum, "Add", 3.0)? else { return Ok(None) };
+    let Some(high) = step(low, "Max", 0.0)? else { return Ok(None) };
+    let Some(end) = step(high, "Min", 6.0)? else { return Ok(None) };
+    let both = [outlet, OutletId::new(high, 0)];
+    let whole = end == product && both.iter().all(|outlet| model.nodes[product].inputs.contains(outlet));
+    Ok((whole && model.nodes[product].outputs[0].fact.shape == node.outputs[0].fact.shape).then_some(product))
+}
+
 impl Convolution {
-    /// Whether nothing more can follow.
-    fn activation_ends(&self) -> bool {
-        !matches!(self.activation, Activation::Identity | Activation::Relu | Activation::Clip(..))
+    fn finally(&mut self, scale: f32, bias: f32) -> bool {
+        self.then = Some((scale, bias));
+        true
     }
 
     /// The constant's value for each channel of the output, if it has one for each.

@@ -38,6 +38,8 @@ pub(super) struct Convolution {
     bias: Option<Arc<[f32]>>,
     added: bool,
     activation: Activation,
+    /// A factor and an addition behind the activation.
+    then: Option<(f32, f32)>,
 }
 
 impl PartialEq for Convolution {
@@ -52,6 +54,7 @@ impl PartialEq for Convolution {
             && bits(&self.bias) == bits(&other.bias)
             && self.added == other.added
             && self.activation == other.activation
+            && self.then == other.then
     }
 }
 
@@ -122,6 +125,7 @@ fn instead_of(model: &TypedModel, id: usize) -> TractResult<Option<Convolution>>
         bias,
         added: false,
         activation: Activation::Identity,
+        then: None,
     };
     let fits = made.stored.as_ref().is_none_or(|tensor| {
         tensor.dtype() == DType::Float32
@@ -258,6 +262,7 @@ impl EvalOp for Convolution {
             bias: self.bias.as_deref(),
             added: added.as_ref().map(|added| added.as_slice::<f32>()).transpose()?,
             activation: self.activation,
+            then: self.then,
         };
         let images = pictures.shape()[0];
         let pictures = pictures.try_as_plain_ram()?;

@@ -1,0 +1,298 @@
+//! A recurrent layer: one product for the inputs of all steps, then one small product and one pass a step.
+//!
+//! ```text
+//!   sums (T B x G H) = X (T B x I) * W^T (I x G H) + bias          all steps at once
+//!   sums of step t (B x G H) += h (B x H) * R^T (H x G H)          then the gates
+//! ```
+//!
+//! T steps, a batch of B, I features, an output of H, G gates. Weights are used transposed, so that rows of R^T are
+//! read one after the other with a batch of one: constants are transposed when the plan is made, others once a run.
+
+use crate::kernels::epilogue::{Activation, Bias, finish};
+use crate::kernels::gemm::{Operand, product};
+use crate::kernels::recurrent;
+use crate::plan::blocks::{carry, short_block};
+use crate::weights::{StoredTensor, for_each_block};
+use std::borrow::Cow;
+use tract_onnx::tract_hir::internal::*;
+
+/// Which layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Kind {
+    Lstm,
+    Gru { linear_before_reset: bool },
+}
+
+impl Kind {
+    /// Gates.
+    pub fn gates(self) -> usize {
+        match self {
+            Kind::Lstm => 4,
+            Kind::Gru { .. } => 3,
+        }
+    }
+}
+
+/// Weights of all directions: G H rows each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Weights {
+    /// Transposed, one direction after the other.
+    Turned(Arc<Tensor>),
+    Stored(StoredTensor),
+    /// An input of the operator.
+    Input(usize),
+}
+
+impl Weights {
+    /// Transposes a constant of shape (directions, rows, columns).
+    pub fn turned(constant: &Tensor) -> TractResult<Weights> {
+        Ok(Weights::Turned(constant.clone().permute_axes(&[0, 2, 1])?.into_arc_tensor()))
+    }
+}
+
+/// The operator. Inputs: the sequence (T x B x I), then those that the fields name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Layer {
+    pub kind: Kind,
+    pub directions: usize,
+    /// H.
+    pub size: usize,
+    /// I.
+    pub features: usize,
+    pub input: Weights,
+    pub recurrent: Weights,
+    pub bias: Option<usize>,
+    pub initial: [Option<usize>; 2],
+    pub outputs: [bool; 3],
+}
+
+impl Layer {
+    /// The weights, transposed: for each direction a matrix of `width` rows.
+    fn turned<'a>(&self, weights: &'a Weights, inputs: &'a [TValue], width: usize) -> TractResult<Cow<'a, [f32]>> {
+        let rows = self.kind.gates() * self.size;
+        let total = self.directions * rows * width;
+        let place = |row: usize, col: usize| (row / rows * width + col) * rows + row % rows;
+        match weights {
+            Weights::Turned(constant) => Ok(Cow::Borrowed(floats(constant)?)),
+            Weights::Input(slot) => {
+                let values = floats(&inputs[*slot])?;
+                ensure!(values.len() == total, "the weights of a recurrent layer have another shape than was declared");
+                let mut turned = vec![0.0; total];
+                for (row, line) in values.chunks_exact(width).enumerate() {
+                    line.iter().enumerate().for_each(|(col, value)| turned[place(row, col)] = *value);
+                }
+                Ok(Cow::Owned(turned))
+            }
+            Weights::Stored(tensor) => {
+                let tiling = &tensor.tiling;
+                let numbers: Vec<u32> = (0..tiling.block_rows() * tiling.block_cols()).collect();
+                let mut turned = vec![0.0; total];
+                carry(for_each_block(tensor, &numbers, |at, block| {
+                    let (row, col) = (at as u32 / tiling.block_cols(), at as u32 % tiling.block_cols());
+                    let tile = tiling.tile(row, col).ok_or_else(|| short_block(tensor))?;
+                    let cols = tile.cols as usize;
+                    let data: &[f32] = bytemuck::try_cast_slice(block).map_err(|_| short_block(tensor))?;
+                    if data.len() != tile.rows as usize * cols {
+                        return Err(short_block(tensor));
+                    }
+                    for (row, line) in data.chunks_exact(cols).enumerate() {
+                        for (col, value) in line.iter().enumerate() {
+                            turned[place(tile.row0 as usize + row, tile.col0 as usize + col)] = *value;
+                        }
+                    }
+                    Ok(())
+                }))?;
+                Ok(Cow::Owned(turned))
+            }
+        }
+    }
+
+    /// The bias that is added for all steps at once, and that of the recurrent part, where it has to stay apart.
+    fn biases(&self, values: Option<&[f32]>) -> (Vec<f32>, Vec<f32>) {
+        let (size, sums) = (self.size, self.kind.gates() * self.size);
+        let Some(values) = values else { return (vec![], vec![]) };
+        let (input, recurrent) = values.split_at(sums);
+        let mut both: Vec<f32> = input.iter().zip(recurrent).map(|(input, recurrent)| input + recurrent).collect();
+        // The reset gate is multiplied with the recurrent part of the candidate, bias included.
+        let mut apart = vec![];
+        if self.kind == (Kind::Gru { linear_before_reset: true }) {
+            both[2 * size..].copy_from_slice(&input[2 * size..]);
+            apart = vec![0.0; sums];
+            apart[2 * size..].copy_from_slice(&recurrent[2 * size..]);
+        }
+        (both, apart)
+    }
+}
+
+fn floats(tensor: &Tensor) -> TractResult<&[f32]> {
+    tensor.try_as_plain_ram()?.as_slice::<f32>()
+}
+
+/// One direction of a run.
+struct Direction<'a> {
+    layer: &'a Layer,
+    steps: usize,
+    batch: usize,
+    backwards: bool,
+    /// R^T.
+    recurrent: &'a [f32],
+    /// The recurrent part's own bias; may be empty.
+    bias: &'a [f32],
+    /// The output, and the cell of an LSTM: those of the step before, of the whole batch.
+    output: Vec<f32>,
+    cell: Vec<f32>,
+}
+
+impl Direction<'_> {
+    /// Goes through all steps; `each` gets the number of a step and its output.
+    fn run(&mut self, sums: &mut [f32], mut each: impl FnMut(usize, &[f32])) {
+        let (size, batch) = (self.layer.size, self.batch);
+        let width = self.layer.kind.gates() * size;
+        let mut next = vec![0.0; batch * size];
+        let mut apart = vec![0.0; batch * width];
+        for step in 0..self.steps {
+            let step = if self.backwards { self.steps - 1 - step } else { step };
+            let sums = &mut sums[step * batch * width..][..batch * width];
+            let before = Operand::row_major(&self.output, size);
+            let weights = Operand::row_major(self.recurrent, width);
+            match self.layer.kind {
+                Kind::Lstm => {
+                    product(sums, width, batch, width, size, before, weights, true);
+                    let rows = sums.chunks_exact(width).zip(self.cell.chunks_exact_mut(size));
+                    for ((sums, cell), next) in rows.zip(next.chunks_exact_mut(size)) {
+                        recurrent::lstm(sums, cell, next);
+                    }
+                }
+                Kind::Gru { linear_before_reset: true } => {
+                    product(&mut apart, width, batch, width, size, before, weights, false);
+                    if !self.bias.is_empty() {
+                        let bias = Bias::PerColumn(self.bias);
+                        finish(&mut apart, width, (batch, width), bias, Activation::Identity);
+                    }
+                    for row in 0..batch {
+                        let (gates, state) = (row * width..(row + 1) * width, row * size..(row + 1) * size);
+                        let before = &self.output[state.clone()];
+                        recurrent::gru_after(&sums[gates.clone()], &apart[gates], before, &mut next[state]);
+                    }
+                }
+                Kind::Gru { linear_before_reset: false } => {
+                    product(sums, width, batch, 2 * size, size, before, weights, true);
+                    for row in 0..batch {
+                        let state = row * size..(row + 1) * size;
+                        recurrent::gru_reset(
+                            &sums[row * width..][..width],
+                            &self.output[state.clone()],
+                            &mut apart[state],
+                        );
+                    }
+                    let reset = Operand::row_major(&apart, size);
+                    let candidate = Operand::row_major(&self.recurrent[2 * size..], width);
+                    product(&mut sums[2 * size..], width, batch, size, size, reset, candidate, true);
+                    for row in 0..batch {
+                        let state = row * size..(row + 1) * size;
+                        let before = &self.output[state.clone()];
+                        recurrent::gru_before(&sums[row * width..][..width], before, &mut next[state]);
+                    }
+                }
+            }
+            std::mem::swap(&mut self.output, &mut next);
+            each(step, &self.output);
+        }
+    }
+}
+
+impl Op for Layer {
+    fn name(&self) -> StaticName {
+        match self.kind {
+            Kind::Lstm => "LstmLayer".into(),
+            Kind::Gru { .. } => "GruLayer".into(),
+        }
+    }
+
+    op_as_typed_op!();
+}
+
+impl EvalOp for Layer {
+    not_out_of_plan!();
+
+    fn eval(&self, _: &EvalContext, inputs: TVec<TValue>) -> TractResult<TVec<TValue>> {
+        let &[steps, batch, features] = inputs[0].shape() else { bail!("a sequence of another rank than 3") };
+        ensure!(features == self.features, "the sequence does not fit the weights");
+        let (size, width) = (self.size, self.kind.gates() * self.size);
+        let x = floats(&inputs[0])?;
+        let input_weights = self.turned(&self.input, &inputs, features)?;
+        let recurrent_weights = self.turned(&self.recurrent, &inputs, size)?;
+        let bias = self.bias.map(|slot| floats(&inputs[slot])).transpose()?;
+        ensure!(bias.is_none_or(|bias| bias.len() == self.directions * 2 * width), "a bias of another shape");
+        let mut sequence =
+            Tensor::zero::<f32>(&if self.outputs[0] { [steps, self.directions, batch, size] } else { [0; 4] })?;
+        let mut last = [
+            Tensor::zero::<f32>(&[self.directions, batch, size])?,
+            Tensor::zero::<f32>(&[self.directions, batch, size])?,
+        ];
+        let state = batch * size;
+        let mut sums = vec![0.0; steps * batch * width];
+        for number in 0..self.directions {
+            let initial = |slot: Option<usize>| -> TractResult<Vec<f32>> {
+                let Some(slot) = slot else { return Ok(vec![0.0; state]) };
+                let values = floats(&inputs[slot])?;
+                ensure!(values.len() == self.directions * state, "an initial state of another shape");
+                Ok(values[number * state..][..state].to_vec())
+            };
+            let (both, apart) = self.biases(bias.map(|bias| &bias[number * 2 * width..][..2 * width]));
+            let weights = Operand::row_major(&input_weights[number * features * width..], width);
+            let rows = steps * batch;
+            product(&mut sums, width, rows, width, features, Operand::row_major(x, features), weights, false);
+            if !both.is_empty() {
+                finish(&mut sums, width, (rows, width), Bias::PerColumn(&both), Activation::Identity);
+            }
+            let mut direction = Direction {
+                layer: self,
+                steps,
+                batch,
+                backwards: number == 1,
+                recurrent: &recurrent_weights[number * size * width..][..size * width],
+                bias: &apart,
+                output: initial(self.initial[0])?,
+                cell: initial(self.initial[1])?,
+            };
+            {
+                let mut plain = sequence.try_as_plain_ram_mut()?;
+                let all = plain.as_slice_mut::<f32>()?;
+                direction.run(&mut sums, |step, output| {
+                    if let Some(place) =
+                        all.get_mut((step * self.directions + number) * state..).filter(|it| !it.is_empty())
+                    {
+                        place[..state].copy_from_slice(output);
+                    }
+                });
+            }
+            for (last, values) in last.iter_mut().zip([&direction.output, &direction.cell]) {
+                let mut plain = last.try_as_plain_ram_mut()?;
+                plain.as_slice_mut::<f32>()?[number * state..][..state].copy_from_slice(values);
+            }
+        }
+        let [output, cell] = last;
+        let made = self.outputs.into_iter().zip([sequence, output, cell]);
+        Ok(made.filter(|(asked, _)| *asked).map(|(_, tensor)| tensor.into_tvalue()).collect())
+    }
+}
+
+impl TypedOp for Layer {
+    as_op!();
+
+    fn output_facts(&self, inputs: &[&TypedFact]) -> TractResult<TVec<TypedFact>> {
+        ensure!(inputs[0].rank() == 3, "a sequence of another rank than 3");
+        let (steps, batch) = (inputs[0].shape[0].clone(), inputs[0].shape[1].clone());
+        let (directions, size) = (self.directions.to_dim(), self.size.to_dim());
+        let state = f32::fact([directions.clone(), batch.clone(), size.clone()]);
+        let facts = [f32::fact([steps, directions, batch, size]), state.clone(), state];
+        Ok(self.outputs.into_iter().zip(facts).filter(|(asked, _)| *asked).map(|(_, fact)| fact).collect())
+    }
+
+    fn cost(&self, inputs: &[&TypedFact]) -> TractResult<TVec<(Cost, TDim)>> {
+        let rows = inputs[0].shape[0].clone() * &inputs[0].shape[1];
+        let each = self.directions * self.kind.gates() * self.size * (self.features + self.size);
+        Ok(tvec!((Cost::FMA(f32::datum_type()), rows * each)))
+    }
+}
