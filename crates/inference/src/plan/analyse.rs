@@ -74,19 +74,25 @@ fn visit(model: &mut InferenceModel, id: usize, limit: u64) -> Result<Vec<Outlet
     let op = &mut model.nodes[id].op;
     let (known_in, known_out, known_seen) = (&known[0], &known[1], &known[2]);
     // First without evaluating anything.
-    let (in_facts, out_facts, _) = op
+    let mut inferred = op
         .infer_facts(known_in.iter().collect(), known_out.iter().collect(), known_seen.iter().collect())
         .map_err(wrong)?;
-    if !in_facts.is_empty() && in_facts.iter().all(|fact| fact.value.is_concrete()) {
-        let bytes = out_facts.iter().map(bytes_of).try_fold(0u64, |sum, bytes| sum.checked_add(bytes?));
+    // tract computes what is known in whole; for the rest these facts are final.
+    let computes = !inferred.0.is_empty() && inferred.0.iter().all(|fact| fact.value.is_concrete());
+    if computes {
+        let bytes = inferred.1.iter().map(bytes_of).try_fold(0u64, |sum, bytes| sum.checked_add(bytes?));
         if bytes.is_none_or(|bytes| bytes > limit) {
             return Err(ModelError::too_large(format!("node \"{name}\" computes a constant beyond the memory limit"))
                 .detail(format!("The limit is {limit} bytes.")));
         }
     }
-    beyond_dimensions(&name, &op.name(), &in_facts)?;
-    let (in_facts, out_facts, seen_facts) =
-        op.infer(known_in.iter().collect(), known_out.iter().collect(), known_seen.iter().collect()).map_err(wrong)?;
+    beyond_dimensions(&name, &op.name(), &inferred.0)?;
+    if computes {
+        inferred = op
+            .infer(known_in.iter().collect(), known_out.iter().collect(), known_seen.iter().collect())
+            .map_err(wrong)?;
+    }
+    let (in_facts, out_facts, seen_facts) = inferred;
     if !holds_for_all_sizes(&**op, &in_facts, &out_facts) {
         return Err(ModelError::invalid_model(format!("node \"{name}\" depends on the size of a free dimension")));
     }

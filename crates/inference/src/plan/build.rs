@@ -7,6 +7,7 @@
 use super::analyse::analyse;
 use super::blocks::{self, StoredConst};
 use super::names::Names;
+use super::passes;
 use super::prepare::Prepared;
 use super::{CompileOptions, Key};
 use crate::error::{ErrorKind, ModelError};
@@ -299,13 +300,13 @@ fn typed(
         !constants.iter().any(|(bound, _)| *bound == input - 1)
     });
     analyse(&mut model, constant_limit(options), cancel)?;
-    let mut typed = model.into_typed().map_err(|error| failure("inferring types and shapes", &error))?;
+    let mut typed = passes::into_typed(model).map_err(|error| failure("inferring types and shapes", &error))?;
     proceed(cancel)?;
     check_sizes(&typed, options)?;
     super::repair::repair(&mut typed);
     // Before tract rewrites its own.
     super::conv::place(&mut typed).map_err(|error| failure("placing the convolutions", &error))?;
-    typed.declutter().map_err(|error| failure("simplifying the graph", &error))?;
+    passes::declutter(&mut typed).map_err(|error| failure("simplifying the graph", &error))?;
     proceed(cancel)?;
     super::conv::fuse(&mut typed).map_err(|error| failure("fusing the convolutions", &error))?;
     super::sum::place(&mut typed);
@@ -358,7 +359,7 @@ fn optimise(
     options: &CompileOptions,
     cancel: &AtomicBool,
 ) -> Result<Runnable, ModelError> {
-    typed.optimize().map_err(|error| failure("optimising the graph", &error))?;
+    passes::optimize(&mut typed).map_err(|error| failure("optimising the graph", &error))?;
     proceed(cancel)?;
     Runnable::new(typed, names, bound, options).map_err(|error| failure("ordering the graph", &error))
 }
@@ -385,7 +386,7 @@ pub(super) fn specialise(
             let mut concrete =
                 typed.set_symbols(&sizes).map_err(|error| failure("fixing the free dimensions", &error))?;
             check_sizes(&concrete, options)?;
-            concrete.declutter().map_err(|error| failure("simplifying the graph", &error))?;
+            passes::declutter(&mut concrete).map_err(|error| failure("simplifying the graph", &error))?;
             concrete
         }
         Template::Parsed(model, bound) => {

@@ -22,6 +22,7 @@ mod legacy;
 mod modulo;
 mod names;
 mod ops;
+mod passes;
 mod prepare;
 mod quantize;
 mod recurrent;
