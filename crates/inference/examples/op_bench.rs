@@ -94,7 +94,6 @@ fn with_tract(bytes: &[u8], given: Vec<(String, HostTensor)>, limit: f64) -> Res
             DatumType::I64 => bytemuck::cast_slice_mut::<i64, u8>(plain.as_slice_mut()?).copy_from_slice(raw),
             _ => bytemuck::cast_slice_mut::<i32, u8>(plain.as_slice_mut()?).copy_from_slice(raw),
         }
-        drop(plain);
         model.set_input_fact(place, InferenceFact::dt_shape(datum, &tensor.shape))?;
         values.push(value.into_tvalue());
     }

@@ -84,13 +84,16 @@ impl StoredTensor {
     }
 }
 
+/// A run's source of blocks, and its cancel flag.
+type Run = (Arc<dyn BlockSource>, Arc<AtomicBool>);
+
 thread_local! {
-    static RUN: RefCell<Option<(Arc<dyn BlockSource>, Arc<AtomicBool>)>> = const { RefCell::new(None) };
+    static RUN: RefCell<Option<Run>> = const { RefCell::new(None) };
 }
 
 /// Calls `run` with `source` as this thread's source of blocks; `cancel` ends it between two blocks.
 pub fn with_source<T>(source: Arc<dyn BlockSource>, cancel: Arc<AtomicBool>, run: impl FnOnce() -> T) -> T {
-    struct Before(Option<(Arc<dyn BlockSource>, Arc<AtomicBool>)>);
+    struct Before(Option<Run>);
     impl Drop for Before {
         fn drop(&mut self) {
             let before = self.0.take();

@@ -45,7 +45,7 @@ fn fused(model: &TypedModel, id: usize) -> TractResult<Option<(usize, BlockProdu
     if let Some(binary) = user.op_as::<TypedBinOp>() {
         let constant = model.outlet_fact(user.inputs[1 - inlet.slot])?.konst.clone();
         let Some(constant) = constant.filter(|it| it.datum_type() == f32::datum_type()) else { return Ok(None) };
-        let fits = match &*binary.0.name() {
+        let fits = match binary.0.name() {
             "Add" if op.bias.is_none() && op.activation == Activation::Identity => {
                 op.bias = row_of(&op, &constant)?;
                 op.bias.is_some()

@@ -59,7 +59,8 @@ pub(super) fn product(
     }
     let (rows, cols) = matrix_axes(tensor)?;
     // Axes of the input that are summed over, with the stored axis of each; axes of N likewise, with the output's axis.
-    let (mut summed, mut kept): (TVec<(usize, Part)>, TVec<(usize, Part)>) = (tvec!(), tvec!());
+    let mut summed: TVec<(usize, Part)> = tvec!();
+    let mut kept: TVec<(usize, Part)> = tvec!();
     let mut columns: TVec<(Part, usize)> = tvec!();
     let mut leading: TVec<(usize, usize)> = tvec!();
     let mut units: TVec<usize> = tvec!();
