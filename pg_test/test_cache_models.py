@@ -89,6 +89,22 @@ def test_a_model_larger_than_the_cache(small):
         assert conn.execute("SELECT * FROM tessera.check_cache()").fetchall() == []
 
 
+def test_two_frames():
+    """The smallest cache there is serves one session without private memory."""
+    cluster = Cluster("cache_two", settings=("tessera.block_cache_size = '128kB'",))
+    cluster.remove()
+    cluster.start()
+    try:
+        with cluster.connect() as conn:
+            for name in ("encoder_fc", "minilm", "cnn"):
+                load(conn, name)
+                assert_answers(conn, name, name, 7)
+            (total,) = rows(conn, "SELECT * FROM tessera.block_cache_stats")
+            assert total["frames"] == 2 and total["evictions"] > 500 and total["fallbacks"] == 0
+    finally:
+        cluster.remove()
+
+
 def test_upheaval(small):
     """Models are loaded and dropped, their table is repacked and vacuumed, others predict through a cache that holds little
     of them: no deadlock, no wrong number, no pin left."""

@@ -36,3 +36,23 @@ def test_load_predict_drop(plain_server):
         with database.connect() as conn:
             assert conn.execute("SELECT count(DISTINCT data::bytea) FROM own").fetchone() == (1,)
             assert storage(conn, "own")["blocks_stored"] == 1
+
+
+def test_the_block_cache_is_the_sessions(plain_server):
+    """It is told so once, with the way out; its size can be set by the session before it is used."""
+    with Database(plain_server, "plain_cache") as database:
+        with database.connect() as conn:
+            load(conn, "minilm")
+        for size, frames in (("128kB", 2), ("256MB", 4096)):
+            with database.connect() as conn:
+                told = []
+                conn.add_notice_handler(lambda notice, told=told: told.append((notice.message_primary, notice.message_hint)))
+                conn.execute("SELECT * FROM tessera.models")
+                conn.execute(f"SET tessera.block_cache_size = '{size}'")
+                for batch in (1, 7):
+                    assert_answers(conn, "minilm", "minilm", batch)
+                cache = conn.execute("SELECT shared, frames, hits, fallbacks FROM tessera.block_cache_stats").fetchone()
+                assert cache[:2] == (False, frames) and cache[3] == 0
+                assert [message for message, _ in told] == ["the block cache is of this session alone"]
+                assert "shared_preload_libraries" in told[0][1]
+                assert conn.execute("SELECT * FROM tessera.check_cache()").fetchall() == []
