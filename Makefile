@@ -1,7 +1,7 @@
 # Every command of the project. `make help` lists them.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint setup models build start stop psql env install uninstall bench bench-storage bench-cache bench-cache-clients pg-regress clean
+.PHONY: help demo test test-full lint setup models build start stop psql env install uninstall bench bench-storage bench-cache bench-cache-clients bench-operators pg-regress clean
 
 help: ## lists these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ bench-cache: setup ## hit ratios of the block cache's policies beside the clairv
 
 bench-cache-clients: setup ## predictions per second against clients, over models that do not fit in the block cache
 	@benches/run-cache-clients
+
+bench-operators: models ## CPU time of models and layers beside tract and ONNX Runtime, one thread each
+	@benches/run-operators
 
 setup: ## installs what is missing: packages, cargo-pgrx, private servers, Python packages
 	@scripts/setup

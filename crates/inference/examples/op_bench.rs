@@ -88,11 +88,13 @@ fn with_tract(bytes: &[u8], given: Vec<(String, HostTensor)>, limit: f64) -> Res
             _ => i32::datum_type(),
         };
         let mut value = Tensor::zero_dt(datum, &tensor.shape)?;
-        let mut plain = value.try_as_plain_ram_mut()?;
-        match datum {
-            DatumType::F32 => bytemuck::cast_slice_mut::<f32, u8>(plain.as_slice_mut()?).copy_from_slice(raw),
-            DatumType::I64 => bytemuck::cast_slice_mut::<i64, u8>(plain.as_slice_mut()?).copy_from_slice(raw),
-            _ => bytemuck::cast_slice_mut::<i32, u8>(plain.as_slice_mut()?).copy_from_slice(raw),
+        {
+            let mut plain = value.try_as_plain_ram_mut()?;
+            match datum {
+                DatumType::F32 => bytemuck::cast_slice_mut::<f32, u8>(plain.as_slice_mut()?).copy_from_slice(raw),
+                DatumType::I64 => bytemuck::cast_slice_mut::<i64, u8>(plain.as_slice_mut()?).copy_from_slice(raw),
+                _ => bytemuck::cast_slice_mut::<i32, u8>(plain.as_slice_mut()?).copy_from_slice(raw),
+            }
         }
         model.set_input_fact(place, InferenceFact::dt_shape(datum, &tensor.shape))?;
         values.push(value.into_tvalue());

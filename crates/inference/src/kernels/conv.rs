@@ -32,6 +32,9 @@ const CHUNK: usize = 96 << 10;
 /// Columns of a chunk, at least and at most.
 const COLUMNS: Range<usize> = 192..2048;
 
+/// Elements of scratch that a thread keeps: 4 MB.
+const KEPT: usize = 1 << 20;
+
 /// Sizes of a convolution. Pairs are of rows and columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
@@ -71,7 +74,7 @@ impl Geometry {
         self.group_channels() * self.kernel[0] * self.kernel[1]
     }
 
-    fn pixels(size: [usize; 2]) -> usize {
+    pub(super) fn pixels(size: [usize; 2]) -> usize {
         size[0] * size[1]
     }
 
@@ -116,7 +119,7 @@ pub struct After<'a> {
 
 impl After<'_> {
     /// Finishes a row of the filter with this number.
-    fn finish(&self, values: &mut [f32], filter: usize, added: &[f32]) {
+    pub(super) fn finish(&self, values: &mut [f32], filter: usize, added: &[f32]) {
         let scale = self.scale.map_or(1.0, |scale| scale[filter]);
         let bias = self.bias.map_or(0.0, |bias| bias[filter]);
         if scale != 1.0 || bias != 0.0 || !added.is_empty() || self.activation != Activation::Identity {
@@ -251,7 +254,7 @@ pub fn conv<F: Filters>(
     }
     let geometry = &geometry.lying();
     if depthwise::serves(geometry) {
-        return each_channel(out, input, geometry, filters, after);
+        return depthwise::conv(out, input, geometry, filters, after);
     }
     let layout = Layout::new(geometry);
     let mut scratch = SCRATCH.take();
@@ -264,52 +267,10 @@ pub fn conv<F: Filters>(
             }
         }
     }
-    SCRATCH.set(scratch);
-    done
-}
-
-/// A convolution whose groups have one channel each.
-fn each_channel<F: Filters>(
-    out: &mut [f32],
-    input: &[f32],
-    geometry: &Geometry,
-    filters: &mut F,
-    after: After<'_>,
-) -> Result<(), F::Error> {
-    let depth = geometry.depth();
-    let pixels = (Geometry::pixels(geometry.input), Geometry::pixels(geometry.output));
-    let mut taps = vec![0.0; geometry.filters * depth];
-    filters.walk(0..geometry.filters, &mut |tile| {
-        let to = &mut taps[tile.row0 * depth + tile.col0..];
-        copy_rows::<1>(to, depth, tile.data, tile.cols, (tile.rows, tile.cols));
-    })?;
-    // What can be done before the values are written.
-    let limits = match after.activation {
-        Activation::Relu => Some((0.0, f32::INFINITY)),
-        Activation::Clip(low, high) => Some((low, high)),
-        Activation::Identity => Some((f32::NEG_INFINITY, f32::INFINITY)),
-        _ => None,
-    };
-    let limits = limits.filter(|_| after.added.is_none());
-    for (number, out) in out.chunks_exact_mut(pixels.1).enumerate() {
-        let (image, filter) = (number / geometry.filters, number % geometry.filters);
-        let channel = image * geometry.channels + filter / geometry.group_filters();
-        let picture = &input[channel * pixels.0..][..pixels.0];
-        let value = |values: Option<&[f32]>, otherwise| values.map_or(otherwise, |values| values[filter]);
-        let (scale, bias) = match limits {
-            Some(_) => (value(after.scale, 1.0), value(after.bias, 0.0)),
-            None => (1.0, 0.0),
-        };
-        let ends = limits.unwrap_or((f32::NEG_INFINITY, f32::INFINITY));
-        depthwise::channel(out, picture, geometry, &taps[filter * depth..][..depth], scale, bias, ends);
-        if limits.is_none() {
-            let added = after.added.map_or(&[][..], |added| &added[number * pixels.1..][..pixels.1]);
-            after.finish(out, filter, added);
-        } else if let Some((scale, bias)) = after.then {
-            line(out, scale, bias, &[], Activation::Identity);
-        }
+    if scratch.planes.len() + scratch.sums.len() <= KEPT {
+        SCRATCH.set(scratch);
     }
-    Ok(())
+    done
 }
 
 fn chunks(geometry: &Geometry, layout: Layout, images: usize) -> impl Iterator<Item = Chunk> {

@@ -4,10 +4,12 @@
 //! of a row is the sum over the taps of vectors of the input, shifted; padding is what a masked load leaves out.
 #![allow(unsafe_code)] // Vectors by pointer.
 
-use super::conv::Geometry;
+use super::conv::{After, Filters, Geometry};
+use super::epilogue::{Activation, line};
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Eight, Sixteen};
 use super::lanes::{Four, Lanes, Level, level};
+use super::rows::copy_rows;
 
 /// Most taps in a row of the kernel.
 const TAPS: usize = 16;
@@ -15,6 +17,50 @@ const TAPS: usize = 16;
 /// Whether this module does this convolution.
 pub(super) fn serves(geometry: &Geometry) -> bool {
     geometry.group_channels() == 1 && geometry.stride[1] <= 2 && geometry.kernel[1] <= TAPS
+}
+
+/// As [`conv`](super::conv::conv), for what [`serves`] says yes to; its sizes have been checked.
+pub(super) fn conv<F: Filters>(
+    out: &mut [f32],
+    input: &[f32],
+    geometry: &Geometry,
+    filters: &mut F,
+    after: After<'_>,
+) -> Result<(), F::Error> {
+    let depth = geometry.depth();
+    let pixels = (Geometry::pixels(geometry.input), Geometry::pixels(geometry.output));
+    let mut taps = vec![0.0; geometry.filters * depth];
+    filters.walk(0..geometry.filters, &mut |tile| {
+        let to = &mut taps[tile.row0 * depth + tile.col0..];
+        copy_rows::<1>(to, depth, tile.data, tile.cols, (tile.rows, tile.cols));
+    })?;
+    // What can be done before the values are written.
+    let limits = match after.activation {
+        Activation::Relu => Some((0.0, f32::INFINITY)),
+        Activation::Clip(low, high) => Some((low, high)),
+        Activation::Identity => Some((f32::NEG_INFINITY, f32::INFINITY)),
+        _ => None,
+    };
+    let limits = limits.filter(|_| after.added.is_none());
+    for (number, out) in out.chunks_exact_mut(pixels.1).enumerate() {
+        let (image, filter) = (number / geometry.filters, number % geometry.filters);
+        let channel = image * geometry.channels + filter / geometry.group_filters();
+        let picture = &input[channel * pixels.0..][..pixels.0];
+        let value = |values: Option<&[f32]>, otherwise| values.map_or(otherwise, |values| values[filter]);
+        let (scale, bias) = match limits {
+            Some(_) => (value(after.scale, 1.0), value(after.bias, 0.0)),
+            None => (1.0, 0.0),
+        };
+        let ends = limits.unwrap_or((f32::NEG_INFINITY, f32::INFINITY));
+        channel_of(out, picture, geometry, &taps[filter * depth..][..depth], scale, bias, ends);
+        if limits.is_none() {
+            let added = after.added.map_or(&[][..], |added| &added[number * pixels.1..][..pixels.1]);
+            after.finish(out, filter, added);
+        } else if let Some((scale, bias)) = after.then {
+            line(out, scale, bias, &[], Activation::Identity);
+        }
+    }
+    Ok(())
 }
 
 /// One channel.
@@ -32,7 +78,7 @@ struct Channel<'a> {
 ///
 /// # Panics
 /// If a slice is not as long as the geometry says, or [`serves`] says no.
-pub(super) fn channel(
+fn channel_of(
     out: &mut [f32],
     input: &[f32],
     geometry: &Geometry,

@@ -408,6 +408,25 @@ unsafe fn copy_panel(
     }
 }
 
+/// Transposes a matrix of `rows` x `columns`: `to[column * to_stride + row] = from[row * from_stride + column]`.
+///
+/// # Panics
+/// If a slice does not hold its elements, or rows of `to` overlap.
+pub fn transpose(to: &mut [f32], to_stride: usize, from: &[f32], from_stride: usize, (rows, columns): (usize, usize)) {
+    if rows == 0 || columns == 0 {
+        return;
+    }
+    check_output(to, to_stride, columns, rows);
+    assert!(Operand::row_major(from, from_stride).holds(rows, columns), "{OPERAND}");
+    // The last row of `to` may end before its stride does.
+    let (most, last) = to.split_at_mut((columns - 1) * to_stride);
+    // SAFETY: the elements were found to be there.
+    unsafe {
+        copy_panel(most, to_stride, columns - 1, rows, from.as_ptr(), 1, from_stride);
+        copy_panel(&mut last[..rows], rows, 1, rows, from.as_ptr().add(columns - 1), 1, from_stride);
+    }
+}
+
 /// Edge of the squares in which operands are transposed.
 const EDGE: usize = 4;
 

@@ -101,3 +101,17 @@ fn scattered_rows_are_those_at_their_offsets() {
         close(&out, &expected, 1e-5 * k as f32 + 1e-6, &format!("{m} x {n} x {k}"));
     }
 }
+
+#[test]
+fn transposes_of_any_size() {
+    let mut random = Random::new(4);
+    for _ in 0..100 {
+        let (rows, columns) = (random.between(1, 30), random.between(1, 30));
+        let (to_stride, from_stride) = (rows + random.below(3), columns + random.below(3));
+        let from = random.values((rows - 1) * from_stride + columns);
+        let mut to = vec![0.0; (columns - 1) * to_stride + rows];
+        transpose(&mut to, to_stride, &from, from_stride, (rows, columns));
+        let place = |row: usize, column: usize| to[column * to_stride + row] == from[row * from_stride + column];
+        assert!((0..rows).all(|row| (0..columns).all(|column| place(row, column))), "{rows} x {columns}");
+    }
+}

@@ -199,6 +199,7 @@ fn names_for_blocks(graph: &GraphProto) -> HashMap<String, bool> {
                 _ if !default_domain => None,
                 ("Gather", 0) => Some(true),
                 ("MatMul" | "Gemm", 0 | 1) | ("Einsum", _) | ("Transpose", 0) | ("Conv", 1) => Some(false),
+                ("LSTM" | "GRU", 1 | 2) => Some(false),
                 _ => None,
             };
             match any_type {

@@ -8,6 +8,7 @@ use tensor_blocks::DType;
 use tract_onnx::pb::tensor_shape_proto::{Dimension, dimension};
 use tract_onnx::pb::*;
 
+mod layers;
 mod numbers;
 mod refused;
 mod spilled;
@@ -212,19 +213,19 @@ fn a_set_flag_cancels() {
 }
 
 #[test]
-fn convolutions_are_compiled_for_each_shape_and_the_cache_is_bounded() {
+fn convolutions_of_three_dimensions_are_compiled_for_each_shape_and_the_cache_is_bounded() {
     let plan = compile(graph(
-        vec![info("x", FLOAT, &[N("n"), S(1), N("h"), N("w")])],
-        vec![info("y", FLOAT, &[N("n"), S(1), N("h"), N("w")])],
-        vec![node("Conv", &["x", "k"], &["y"]).ints("pads", &[1, 1, 1, 1]).ints("kernel_shape", &[3, 3])],
-        vec![floats("k", &[1, 1, 3, 3], &[0., 0., 0., 0., 2., 0., 0., 0., 0.])],
+        vec![info("x", FLOAT, &[N("n"), S(1), N("h"), N("w"), S(1)])],
+        vec![info("y", FLOAT, &[N("n"), S(1), N("h"), N("w"), S(1)])],
+        vec![node("Conv", &["x", "k"], &["y"]).ints("pads", &[1, 1, 0, 1, 1, 0]).ints("kernel_shape", &[3, 3, 1])],
+        vec![floats("k", &[1, 1, 3, 3, 1], &[0., 0., 0., 0., 2., 0., 0., 0., 0.])],
     ))
     .unwrap();
     assert!(!plan.is_general() && plan.doubt().is_none());
     let before = plan.memory_bytes();
     for size in 1..8usize {
         let input: Vec<f32> = (0..2 * size * 3).map(|value| value as f32).collect();
-        let tensor = f32s(&[2, 1, size, 3], &input);
+        let tensor = f32s(&[2, 1, size, 3, 1], &input);
         assert!(plan.is_heavy(&[("x".into(), tensor.clone())]), "it has to compile first");
         let outputs = run(&plan, &[("x", tensor.clone())]).unwrap();
         assert_eq!(outputs[0].1.to_f32().unwrap(), input.iter().map(|value| value * 2.).collect::<Vec<_>>());

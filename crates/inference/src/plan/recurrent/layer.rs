@@ -6,14 +6,16 @@
 //! ```
 //!
 //! T steps, a batch of B, I features, an output of H, G gates. Weights are used transposed, so that rows of R^T are
-//! read one after the other with a batch of one: constants are transposed when the plan is made, others once a run.
+//! read one after the other with a batch of one: constants are transposed when the plan is made; of others, R is once a
+//! run, and W is used as it lies.
 
 use crate::kernels::epilogue::{Activation, Bias, finish};
-use crate::kernels::gemm::{Operand, product};
+use crate::kernels::gemm::{Operand, product, transpose};
 use crate::kernels::recurrent;
 use crate::plan::blocks::{carry, short_block};
 use crate::weights::{StoredTensor, for_each_block};
 use std::borrow::Cow;
+use std::ops::Range;
 use tract_onnx::tract_hir::internal::*;
 
 /// Which layer.
@@ -67,42 +69,94 @@ pub(super) struct Layer {
 }
 
 impl Layer {
+    /// Gates times H: rows of a direction's weights.
+    fn sums(&self) -> usize {
+        self.kind.gates() * self.size
+    }
+
     /// The weights, transposed: for each direction a matrix of `width` rows.
     fn turned<'a>(&self, weights: &'a Weights, inputs: &'a [TValue], width: usize) -> TractResult<Cow<'a, [f32]>> {
-        let rows = self.kind.gates() * self.size;
-        let total = self.directions * rows * width;
-        let place = |row: usize, col: usize| (row / rows * width + col) * rows + row % rows;
+        let rows = self.sums();
+        let mut turned = match weights {
+            Weights::Turned(constant) => return Ok(Cow::Borrowed(floats(constant)?)),
+            _ => vec![0.0; self.directions * rows * width],
+        };
         match weights {
-            Weights::Turned(constant) => Ok(Cow::Borrowed(floats(constant)?)),
+            Weights::Turned(_) => {}
             Weights::Input(slot) => {
                 let values = floats(&inputs[*slot])?;
-                ensure!(values.len() == total, "the weights of a recurrent layer have another shape than was declared");
-                let mut turned = vec![0.0; total];
-                for (row, line) in values.chunks_exact(width).enumerate() {
-                    line.iter().enumerate().for_each(|(col, value)| turned[place(row, col)] = *value);
+                ensure!(values.len() == turned.len(), "the weights have another shape than was declared");
+                for (to, from) in turned.chunks_exact_mut(rows * width).zip(values.chunks_exact(rows * width)) {
+                    transpose(to, rows, from, width, (rows, width));
                 }
-                Ok(Cow::Owned(turned))
             }
-            Weights::Stored(tensor) => {
-                let tiling = &tensor.tiling;
-                let numbers: Vec<u32> = (0..tiling.block_rows() * tiling.block_cols()).collect();
-                let mut turned = vec![0.0; total];
-                carry(for_each_block(tensor, &numbers, |at, block| {
-                    let (row, col) = (at as u32 / tiling.block_cols(), at as u32 % tiling.block_cols());
-                    let tile = tiling.tile(row, col).ok_or_else(|| short_block(tensor))?;
-                    let cols = tile.cols as usize;
-                    let data: &[f32] = bytemuck::try_cast_slice(block).map_err(|_| short_block(tensor))?;
-                    if data.len() != tile.rows as usize * cols {
-                        return Err(short_block(tensor));
-                    }
-                    for (row, line) in data.chunks_exact(cols).enumerate() {
-                        for (col, value) in line.iter().enumerate() {
-                            turned[place(tile.row0 as usize + row, tile.col0 as usize + col)] = *value;
-                        }
-                    }
-                    Ok(())
-                }))?;
-                Ok(Cow::Owned(turned))
+            Weights::Stored(tensor) => self.for_each_piece(tensor, 0..self.directions, |piece| {
+                let to = &mut turned[(piece.direction * width + piece.col0) * rows + piece.row0..];
+                transpose(to, rows, piece.data, piece.cols, (piece.rows, piece.cols));
+            })?,
+        }
+        Ok(Cow::Owned(turned))
+    }
+
+    /// Walks the blocks of these directions, cut where one ends.
+    fn for_each_piece(
+        &self,
+        tensor: &StoredTensor,
+        directions: Range<usize>,
+        mut each: impl FnMut(Piece<'_>),
+    ) -> TractResult<()> {
+        let (tiling, all) = (&tensor.tiling, self.sums());
+        let (height, across) = (tiling.tile_rows() as usize, tiling.block_cols());
+        let block_rows = directions.start * all / height..(directions.end * all).div_ceil(height);
+        let numbers: Vec<u32> = (block_rows.start as u32 * across..block_rows.end as u32 * across).collect();
+        carry(for_each_block(tensor, &numbers, |at, block| {
+            let tile = tiling.tile(numbers[at] / across, numbers[at] % across).ok_or_else(|| short_block(tensor))?;
+            let (first, rows, cols) = (tile.row0 as usize, tile.rows as usize, tile.cols as usize);
+            let data: &[f32] = bytemuck::try_cast_slice(block).map_err(|_| short_block(tensor))?;
+            if data.len() != rows * cols {
+                return Err(short_block(tensor));
+            }
+            for direction in directions.clone() {
+                let (start, end) = (first.max(direction * all), (first + rows).min((direction + 1) * all));
+                if start < end {
+                    each(Piece {
+                        direction,
+                        row0: start - direction * all,
+                        col0: tile.col0 as usize,
+                        rows: end - start,
+                        cols,
+                        data: &data[(start - first) * cols..(end - first) * cols],
+                    });
+                }
+            }
+            Ok(())
+        }))
+    }
+
+    /// The input's part of the sums of one direction, for all steps: (T B x I) times W^T.
+    fn input_part(&self, sums: &mut [f32], inputs: &[TValue], rows: usize, direction: usize) -> TractResult<()> {
+        let (width, features) = (self.sums(), self.features);
+        let x = floats(&inputs[0])?;
+        match &self.input {
+            Weights::Stored(tensor) => self.for_each_piece(tensor, direction..direction + 1, |piece| {
+                if rows > 0 {
+                    let x = Operand::row_major(&x[piece.col0..], features);
+                    let weights = Operand::transposed(piece.data, piece.cols);
+                    let out = &mut sums[piece.row0..];
+                    product(out, width, rows, piece.rows, piece.cols, x, weights, piece.col0 > 0);
+                }
+            }),
+            Weights::Input(slot) => {
+                let values = floats(&inputs[*slot])?;
+                ensure!(values.len() == self.directions * width * features, "weights of another shape than declared");
+                let weights = Operand::transposed(&values[direction * width * features..], features);
+                product(sums, width, rows, width, features, Operand::row_major(x, features), weights, false);
+                Ok(())
+            }
+            Weights::Turned(constant) => {
+                let weights = Operand::row_major(&floats(constant)?[direction * features * width..], width);
+                product(sums, width, rows, width, features, Operand::row_major(x, features), weights, false);
+                Ok(())
             }
         }
     }
@@ -126,6 +180,16 @@ impl Layer {
 
 fn floats(tensor: &Tensor) -> TractResult<&[f32]> {
     tensor.try_as_plain_ram()?.as_slice::<f32>()
+}
+
+/// A part of a block of weights: rows of one direction.
+struct Piece<'a> {
+    direction: usize,
+    row0: usize,
+    col0: usize,
+    rows: usize,
+    cols: usize,
+    data: &'a [f32],
 }
 
 /// One direction of a run.
@@ -219,8 +283,6 @@ impl EvalOp for Layer {
         let &[steps, batch, features] = inputs[0].shape() else { bail!("a sequence of another rank than 3") };
         ensure!(features == self.features, "the sequence does not fit the weights");
         let (size, width) = (self.size, self.kind.gates() * self.size);
-        let x = floats(&inputs[0])?;
-        let input_weights = self.turned(&self.input, &inputs, features)?;
         let recurrent_weights = self.turned(&self.recurrent, &inputs, size)?;
         let bias = self.bias.map(|slot| floats(&inputs[slot])).transpose()?;
         ensure!(bias.is_none_or(|bias| bias.len() == self.directions * 2 * width), "a bias of another shape");
@@ -240,9 +302,8 @@ impl EvalOp for Layer {
                 Ok(values[number * state..][..state].to_vec())
             };
             let (both, apart) = self.biases(bias.map(|bias| &bias[number * 2 * width..][..2 * width]));
-            let weights = Operand::row_major(&input_weights[number * features * width..], width);
             let rows = steps * batch;
-            product(&mut sums, width, rows, width, features, Operand::row_major(x, features), weights, false);
+            self.input_part(&mut sums, &inputs, rows, number)?;
             if !both.is_empty() {
                 finish(&mut sums, width, (rows, width), Bias::PerColumn(&both), Activation::Identity);
             }
