@@ -160,13 +160,14 @@ impl TypedPass for AskOperators {
     }
 
     fn next(&mut self, session: &mut OptimizerSession, model: &TypedModel) -> TractResult<Option<TypedModelPatch>> {
-        let mut settled = self.settled.lock().unwrap_or_else(PoisonError::into_inner);
+        // Not held while an operator is asked: a loop simplifies its body with the same passes.
+        let settled = || self.settled.lock().unwrap_or_else(PoisonError::into_inner);
         for node in &model.nodes[self.next..] {
             if node.op_is::<Dummy>() {
                 continue;
             }
             let around = Surroundings::of(model, node);
-            if around.is_some() && settled.get(&node.name) == around.as_ref() {
+            if around.is_some() && settled().get(&node.name) == around.as_ref() {
                 continue;
             }
             let patch = (self.rewrite)(node.op.as_ref(), session, model, node)
@@ -177,7 +178,7 @@ impl TypedPass for AskOperators {
                 return Ok(Some(patch));
             }
             if let Some(around) = around {
-                settled.insert(node.name.clone(), around);
+                settled().insert(node.name.clone(), around);
             }
         }
         Ok(None)
