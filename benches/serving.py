@@ -104,25 +104,42 @@ def memory(database: Database, conn, chosen) -> list[str]:
             f"- At most 8 MB a session, frames at most 1.1 times the weights: {'yes' if all(verdicts) else 'NO'}", ""]
 
 
+def cpu_ms(pid: int) -> float:
+    """Milliseconds that the threads of a process have run."""
+    return sum(int(task.read_text().split()[0]) for task in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e6
+
+
 def first_calls(database: Database, conn, chosen) -> list[str]:
     warm(conn)
     question = to_json(expected(MODEL, 1)[0])
-    seconds: dict[str, list[float]] = {"first " + OURS: [], "first " + PYTHON: [], "then " + OURS: [], "then " + PYTHON: []}
+    ways = {"pg_tessera": OURS, "PL/Python with ONNX Runtime": PYTHON}
+    wall: dict[tuple[str, str], list[float]] = {(name, which): [] for name in ways for which in ("first", "second")}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(chosen.rounds):
-        for sql in (OURS, PYTHON) if turn % 2 else (PYTHON, OURS):
+        for name in ways if turn % 2 else reversed(ways):
             with database.connect() as fresh:
-                for which in ("first", "then"):
+                before = cpu_ms(fresh.info.backend_pid)
+                for which in ("first", "second"):
                     started = time.perf_counter()
-                    answer = fresh.execute(sql, (question,)).fetchone()[0]
-                    seconds[f"{which} {sql}"].append((time.perf_counter() - started) * 1e3)
+                    answer = fresh.execute(ways[name], (question,)).fetchone()[0]
+                    wall[name, which].append((time.perf_counter() - started) * 1e3)
                     check(answer)
-    lines = ["### First prediction of a session", "", f"Milliseconds from question to answer of a session that is connected, {chosen.rounds} rounds; the cache is warm.", "",
-             "| way | first (median) | least | greatest | second (median) |", "| --- | ---: | ---: | ---: | ---: |"]
-    for name, sql in (("pg_tessera", OURS), ("PL/Python with ONNX Runtime", PYTHON)):
-        first, then = seconds["first " + sql], seconds["then " + sql]
-        lines.append(f"| {name} | {statistics.median(first):.1f} | {min(first):.1f} | {max(first):.1f} | {statistics.median(then):.1f} |")
-    ratio = statistics.median(seconds["first " + PYTHON]) / statistics.median(seconds["first " + OURS])
-    return lines + ["", f"- PL/Python's first : pg_tessera's first = **{ratio:.1f}**", ""]
+                    if which == "first":
+                        cpu[name].append(cpu_ms(fresh.info.backend_pid) - before)
+    lines = ["### First prediction of a session", "",
+             f"Milliseconds from question to answer of a session that is connected, {chosen.rounds} rounds; the cache is warm. CPU is that of all threads "
+             "of the session's process.", "",
+             "| way | first (median) | least | greatest | CPU (median) | second (median) |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for name in ways:
+        first, then = wall[name, "first"], wall[name, "second"]
+        lines.append(f"| {name} | {statistics.median(first):.1f} | {min(first):.1f} | {max(first):.1f} | {statistics.median(cpu[name]):.1f} | {statistics.median(then):.1f} |")
+    ours, python = ways
+
+    def ratio(figure) -> float:
+        return figure(python) / figure(ours)
+
+    return lines + ["", f"- PL/Python's first : pg_tessera's first = **{ratio(lambda name: statistics.median(wall[name, 'first'])):.1f}** (medians), "
+                    f"{ratio(lambda name: min(wall[name, 'first'])):.1f} (least), {ratio(lambda name: statistics.median(cpu[name])):.1f} (CPU)", ""]
 
 
 def clients(chosen) -> list[str]:

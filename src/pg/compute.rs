@@ -1,12 +1,27 @@
 //! The compute thread of this backend, which knows no PostgreSQL.
 
-use super::error;
+use super::{error, memory};
 
 /// Makes the thread if there is none, with every signal blocked in it: PostgreSQL's handlers belong to the main thread.
 pub fn start() {
+    share_arena();
+    memory::trim_at_end_of_transaction();
     let result = with_signals_blocked(inference::worker::start);
     if let Err(e) = result {
         error::raise_model(e);
+    }
+}
+
+/// Both threads get their memory from one arena, before there are two: the C library gives only the main one back to the
+/// operating system whole, and the threads work in turns.
+fn share_arena() {
+    #[cfg(target_env = "gnu")]
+    {
+        static ONCE: std::sync::Once = std::sync::Once::new();
+        // SAFETY: a plain call.
+        ONCE.call_once(|| unsafe {
+            libc::mallopt(libc::M_ARENA_MAX, 1);
+        });
     }
 }
 

@@ -1,7 +1,9 @@
-//! Memory contexts and detoasting.
+//! Memory contexts, and memory that goes back to the operating system.
 
 use pgrx::pg_sys;
+use pgrx::prelude::*;
 use std::cell::Cell;
+use std::sync::Once;
 
 thread_local! {
     static SCRATCH: Cell<pg_sys::MemoryContext> = const { Cell::new(std::ptr::null_mut()) };
@@ -34,4 +36,55 @@ pub fn in_scratch<T>(f: impl FnOnce() -> T) -> T {
         pg_sys::MemoryContextSwitchTo(caller);
         result
     }
+}
+
+/// Bytes of freed memory that an idle session may keep.
+const KEPT: usize = 4 << 20;
+
+thread_local! {
+    /// Whether a large run was in this transaction.
+    static TO_TRIM: Cell<bool> = const { Cell::new(false) };
+    /// Bytes of memory of this process's own after it was trimmed last.
+    static TRIMMED: Cell<usize> = const { Cell::new(0) };
+}
+
+/// At the end of this transaction memory that was freed goes back to the operating system, if it is much: the C library
+/// keeps what a large run needed, and a session may be idle for hours. Within a statement it is kept, for the next run.
+pub fn trim_at_end_of_transaction() {
+    static REGISTERED: Once = Once::new();
+    #[pg_guard]
+    unsafe extern "C-unwind" fn at_end(event: pg_sys::XactEvent::Type, _arg: *mut std::ffi::c_void) {
+        use pg_sys::XactEvent::{XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PARALLEL_COMMIT, XACT_EVENT_PREPARE};
+        let ended = [XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PARALLEL_COMMIT, XACT_EVENT_PREPARE];
+        if ended.contains(&event) && TO_TRIM.replace(false) {
+            trim();
+        }
+    }
+    // SAFETY: the callback stays loaded and raises nothing.
+    REGISTERED.call_once(|| unsafe { pg_sys::RegisterXactCallback(Some(at_end), std::ptr::null_mut()) });
+    TO_TRIM.set(true);
+}
+
+/// Memory of this process's own: what is resident and not shared. `None` where the system does not tell.
+fn own_bytes() -> Option<usize> {
+    let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let mut pages = statm.split(' ').skip(1).map(|word| word.parse::<usize>().ok());
+    let (resident, shared) = (pages.next()??, pages.next()??);
+    // SAFETY: a plain call.
+    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    Some(resident.saturating_sub(shared) * usize::try_from(page).ok()?)
+}
+
+fn trim() {
+    let Some(own) = own_bytes() else { return };
+    // What is in use after a trim stays: it is no reason for another one.
+    if own < TRIMMED.get() + KEPT {
+        return;
+    }
+    #[cfg(target_env = "gnu")]
+    // SAFETY: a plain call, which locks what it works on.
+    unsafe {
+        libc::malloc_trim(0)
+    };
+    TRIMMED.set(own_bytes().unwrap_or(own));
 }

@@ -160,7 +160,7 @@ impl TypedPass for AskOperators {
     }
 
     fn next(&mut self, session: &mut OptimizerSession, model: &TypedModel) -> TractResult<Option<TypedModelPatch>> {
-        // Not held while an operator is asked: a loop optimises its body, with this very pass.
+        // Not held while an operator is asked: a loop simplifies its body with the same passes.
         let settled = || self.settled.lock().unwrap_or_else(PoisonError::into_inner);
         for node in &model.nodes[self.next..] {
             if node.op_is::<Dummy>() {
