@@ -1,7 +1,7 @@
 # Every command of the project. `make help` lists them.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint setup models build start stop psql env install uninstall bench bench-storage bench-cache bench-cache-clients bench-operators pg-regress clean
+.PHONY: help demo test test-full lint setup models build start stop psql env install uninstall bench bench-storage bench-serving bench-cache bench-cache-clients bench-operators pg-regress clean
 
 help: ## lists these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ bench-cache-clients: setup ## predictions per second against clients, over model
 
 bench-operators: models ## CPU time of models and layers beside tract and ONNX Runtime, one thread each
 	@benches/run-operators
+
+bench-serving: models build ## memory of idle sessions, first calls, throughput against clients (SHORT=1: one minute)
+	@benches/run-serving $(if $(SHORT),--short)
 
 setup: ## installs what is missing: packages, cargo-pgrx, private servers, Python packages
 	@scripts/setup

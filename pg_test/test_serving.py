@@ -1,7 +1,9 @@
 """Many clients, more models than the block cache has room for: every answer is right, and nothing stays pinned."""
 
+import re
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import psycopg
@@ -9,6 +11,7 @@ import pytest
 
 import fleet
 from cluster import Cluster, Database
+from helpers import assert_answers, load
 
 pytestmark = pytest.mark.newer
 
@@ -120,3 +123,22 @@ def test_clients_that_are_disturbed(busy):
         client.ask()
         client.connection.close()
         assert client.answered == 1
+
+
+def own_kb(conn: psycopg.Connection) -> int:
+    """kB of anonymous memory of a connection's process."""
+    return int(re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{conn.info.backend_pid}/status").read_text())[1])
+
+
+def test_memory_of_idle_sessions(busy):
+    """A session that has predicted keeps the plan, and neither weights nor what its runs needed."""
+    database, _ = busy
+    with database.connect() as conn:
+        load(conn, "minilm")  # 69 MB
+    for batches in ([1], [64, 7], [64]):
+        with database.connect() as idle, database.connect() as conn:
+            idle.execute("SELECT 1")
+            for batch in batches:
+                assert_answers(conn, "minilm", "minilm", batch)
+            kept = own_kb(conn) - own_kb(idle)
+            assert 0 < kept < 8 * 1024, f"{kept} kB after batches of {batches}"

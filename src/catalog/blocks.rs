@@ -60,6 +60,7 @@ impl OpenWeights {
 /// The blocks of a tensor, in the order of their numbers: `block_row * block_cols + block_col`.
 pub fn block_refs(weights: &OpenWeights, tensor: &TensorRow, tiling: &Tiling) -> Vec<BlockRef> {
     let mut refs: Vec<Option<BlockRef>> = vec![None; tiling.tile_count() as usize];
+    let mut locators = locators::Finder::new(weights.store.raw());
     by_index::<()>(relation(c"weight"), relation(c"weight_pkey"), &[Key::Int8(tensor.id)], |row| {
         let (block_row, block_col) = (row.get::<i32>(2).unwrap_or(-1), row.get::<i32>(3).unwrap_or(-1));
         let Some(tile) = tiling.tile(block_row as u32, block_col as u32) else {
@@ -70,7 +71,7 @@ pub fn block_refs(weights: &OpenWeights, tensor: &TensorRow, tiling: &Tiling) ->
         let pointer = unsafe { varlena::toast_pointer(datum.cast_mut_ptr::<pg_sys::varlena>()) };
         let block = match pointer {
             Some((stand_in, _)) => {
-                let locator = locators::find(weights.store.raw(), stand_in.block_id);
+                let locator = locators.find(stand_in.block_id);
                 let Some(locator) = locator else { damaged("a block is not in the block store") };
                 BlockRef { hash: locator.hash, place: Place::Store(stand_in) }
             }

@@ -86,9 +86,7 @@ pub fn model_of(spec: &str) -> Arc<Model> {
             Ok(())
         };
         let plan = compile(&graph, &mut fetch, &tilings);
-        let model = remember(version.content_hash, plan);
-        model.blocks.serves(version.id, &model.plan);
-        model
+        keep(version.content_hash, plan, ModelBlocks::of_version(version.content_hash, version.id, tensors))
     });
     let name = Name { seen_by, user, key, model: model.clone() };
     NAMED.with_borrow_mut(|names| names.put(spec.to_owned(), name));
@@ -110,7 +108,11 @@ pub fn compile(graph: &[u8], fetch: &mut FetchTensor<'_>, tilings: &[Option<Tili
 
 /// Keeps a plan for this session, and lets the least recently used ones go.
 pub fn remember(content_hash: [u8; 32], plan: Arc<Plan>) -> Arc<Model> {
-    let model = Arc::new(Model { plan, blocks: Arc::new(ModelBlocks::new(content_hash)) });
+    keep(content_hash, plan, ModelBlocks::new(content_hash))
+}
+
+fn keep(content_hash: [u8; 32], plan: Arc<Plan>, blocks: ModelBlocks) -> Arc<Model> {
+    let model = Arc::new(Model { plan, blocks: Arc::new(blocks) });
     PLANS.with_borrow_mut(|plans| plans.put(plan_key(content_hash), model.clone()));
     shrink();
     model

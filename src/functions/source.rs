@@ -44,6 +44,12 @@ impl ModelBlocks {
         ModelBlocks { content_hash, version: AtomicI64::new(0), known: Mutex::default() }
     }
 
+    /// Those of a version whose tensors are `rows`.
+    pub fn of_version(content_hash: [u8; 32], version: i64, rows: Vec<TensorRow>) -> ModelBlocks {
+        let known = Known { rows, ..Known::default() };
+        ModelBlocks { content_hash, version: AtomicI64::new(version), known: Mutex::new(known) }
+    }
+
     /// Says which version the model has for the active snapshot. False if that one is cut into other blocks than the plan
     /// was made for: equal content can be stored anew with blocks of another size.
     pub fn serves(&self, version: i64, plan: &Plan) -> bool {

@@ -130,6 +130,32 @@ pub fn find(rel: pg_sys::Relation, block_id: u32) -> Option<Locator> {
     Place::of(rel, block_id)?.read()
 }
 
+/// As [`find`], of many blocks: blocks that were stored together have their locators on one page, which is found once.
+pub struct Finder {
+    rel: pg_sys::Relation,
+    last: Option<Place>,
+}
+
+impl Finder {
+    /// Of this store, which stays open meanwhile.
+    pub fn new(rel: pg_sys::Relation) -> Finder {
+        Finder { rel, last: None }
+    }
+
+    /// The locator of a block, whatever its state; `None` if the store has no such block.
+    pub fn find(&mut self, block_id: u32) -> Option<Locator> {
+        let path = Path::of(block_id);
+        if let Some(place) = self.last.as_mut().filter(|place| place.leaf == path.leaf) {
+            place.slot = path.slot;
+            if let Some(locator) = place.read() {
+                return Some(locator);
+            }
+        }
+        self.last = Place::of(self.rel, block_id);
+        self.last.as_ref()?.read()
+    }
+}
+
 /// Changes the locator of a block under its page's exclusive lock: `f` returns the new one, or `None` to leave it. Returns
 /// what the locator is afterwards; `None` if the store has no page for it.
 pub fn edit(rel: pg_sys::Relation, block_id: u32, f: impl FnOnce(Locator) -> Option<Locator>) -> Option<Locator> {
