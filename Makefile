@@ -1,7 +1,7 @@
 # Every command of the project. `make help` lists them.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint setup models build start stop psql env install uninstall bench bench-storage bench-serving bench-cache bench-cache-clients bench-operators pg-regress clean
+.PHONY: help demo test test-full lint setup models build start stop psql env install uninstall bench bench-storage bench-serving bench-larger bench-cache bench-cache-clients bench-operators pg-regress clean
 
 help: ## lists these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ bench-operators: models ## CPU time of models and layers beside tract and ONNX R
 
 bench-serving: models build ## memory of idle sessions, first calls, throughput against clients (SHORT=1: one minute)
 	@benches/run-serving $(if $(SHORT),--short)
+
+bench-larger: setup ## a model of 2 GB in a quarter of that memory, beside the bounds of disk and arithmetic
+	@benches/run-larger
 
 setup: ## installs what is missing: packages, cargo-pgrx, private servers, Python packages
 	@scripts/setup

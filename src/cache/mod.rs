@@ -38,7 +38,9 @@ pub use area::init;
 pub use check::check;
 pub use models::{ModelSlot, keep, model_slot, note_run, release};
 pub use pin::{Pin, is_cached, pin};
-pub use view::{Counts, FrameView, frames, models, reset, totals};
+#[cfg(any(test, feature = "pg_test"))]
+pub use view::Counts;
+pub use view::{FrameView, frames, models, reset, totals};
 
 /// Identity of a block: what [`tensor_blocks::block_hash`] gives, and the number of bytes of its elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
