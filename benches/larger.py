@@ -159,7 +159,9 @@ print(f"{time.perf_counter() - begin:.1f} s")
 def onnx_runtime_under_limit(path: Path, limit: int) -> str:
     command = [sys.executable, "-c", UNDER_LIMIT, str(path), str(limit)]
     done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else (done.stderr.strip().splitlines() or ["killed"])[-1][:120]
+    if done.returncode == 0:
+        return done.stdout.strip()
+    return "fails: " + (done.stderr.strip().splitlines() or ["killed"])[-1].replace(str(path), path.name)[-160:]
 
 
 def expected(x: np.ndarray, values: list[np.ndarray]) -> np.ndarray:
