@@ -106,7 +106,7 @@ def test_two_frames():
 
 
 def test_upheaval(small):
-    """Models are loaded and dropped, their table is repacked and vacuumed, others predict through a cache that holds little
+    """Models are loaded and dropped, their table is repacked, vacuumed, rewritten and truncated for a moment, others predict through a cache that holds little
     of them: no deadlock, no wrong number, no pin left."""
     with Database(small, "upheaval") as database, database.connect() as conn:
         for name in ("encoder_fc", "minilm"):
@@ -131,6 +131,10 @@ def test_upheaval(small):
                     mine.execute("SELECT drop_model('passing')")
                     mine.execute("VACUUM tessera.weight")
                     mine.execute("SELECT repack('tessera.weight')")
+                    with mine.transaction(force_rollback=True):
+                        mine.execute("TRUNCATE tessera.weight")
+                    if turn % 3 == 0:
+                        mine.execute("VACUUM FULL tessera.weight")
                 return turn
 
         work = [Background(predict, name) for name in ("encoder_fc", "encoder_fc", "minilm", "minilm")]
