@@ -32,10 +32,20 @@ struct Step {
     values: TVec<Value>,
     /// Multiply-adds and divisions.
     work: TVec<TDim>,
-    /// Whether its values go to a temporary file if they are large.
-    can_spill: bool,
+    /// Axes along which its value may be cut, to lie in a temporary file if it is large.
+    spill_axes: TVec<usize>,
     /// Bytes that are known only while running, because a dimension depends on data.
     pub dynamic: bool,
+}
+
+impl Step {
+    /// Bytes that are in memory at a time of a value of `bytes`, of which `in_memory` may be: a piece of one row is the
+    /// smallest, and along an axis of one row there are none.
+    fn held(&self, value: &Value, bytes: u64, in_memory: u64, symbols: &SymbolValues) -> u64 {
+        let size = |axis: usize| u64::try_from(value.shape.get(axis)?.eval(symbols).to_i64().ok()?).ok();
+        let sizes = self.spill_axes.iter().filter_map(|&axis| size(axis)).filter(|&size| size > 1);
+        sizes.map(|size| (bytes / size).max(in_memory)).min().unwrap_or(bytes)
+    }
 }
 
 /// A compiled form of a model.
@@ -93,8 +103,8 @@ impl Runnable {
                 .filter(|(cost, _)| cost.is_compute())
                 .map(|(_, count)| count)
                 .collect();
-            let can_spill = super::spill::can_spill(model, node);
-            steps.push(Step { node: id, values, work, can_spill, dynamic: dynamic[id] });
+            let spill_axes = super::spill::spill_axes(model, node);
+            steps.push(Step { node: id, values, work, spill_axes, dynamic: dynamic[id] });
         }
         Ok(Runnable { plan, names, bound, steps, dynamic, limit: options.memory_limit, last: Mutex::new(None) })
     }
@@ -135,8 +145,8 @@ impl Runnable {
             let mut made = 0u64;
             for value in &item.values {
                 let mut bytes = value_bytes(value, symbols);
-                if item.can_spill && bytes.is_some_and(|bytes| bytes > in_memory) {
-                    bytes = Some(in_memory);
+                if bytes.is_some_and(|bytes| bytes > in_memory) {
+                    bytes = bytes.map(|bytes| item.held(value, bytes, in_memory, symbols));
                 }
                 made = bytes
                     .and_then(|bytes| made.checked_add(bytes))
