@@ -22,7 +22,7 @@ use crate::weights::{BlockSource, SpillFile};
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
-use tract_onnx::tract_core::ops::binary::{OptBinByScalar, OptBinChain, OptBinUnicast, TypedBinOp};
+use tract_onnx::tract_core::ops::binary::{BinMiniOp, OptBinByScalar, OptBinChain, OptBinUnicast, TypedBinOp};
 use tract_onnx::tract_core::ops::cast::Cast;
 use tract_onnx::tract_core::ops::element_wise::ElementWiseOp;
 use tract_onnx::tract_core::ops::nn::{Reduce, Reducer, Softmax};
@@ -319,7 +319,7 @@ impl Spills {
                     (None, value, _) => value.unwrap_or(&inputs[input]).clone(),
                 });
             }
-            let piece = eval(context, None, node, slices)?;
+            let piece = eval_slices(context, node, slices)?;
             let [piece] = &*piece else { return Ok(None) };
             match (slicing.output, &mut file, &mut result) {
                 (Some(axis), file, result) => {
@@ -354,6 +354,33 @@ impl Spills {
         }
         Ok(Some(tvec!(Tensor::zero_dt(datum_type, &[])?.into_tvalue())))
     }
+}
+
+/// Evaluates a node on slices. Where one operand of a binary operator is repeated, tract chooses a kernel that needs each
+/// repetition to begin at a whole vector; that was so for the whole operands only.
+fn eval_slices(context: &EvalContext<'_>, node: &TypedNode, slices: TVec<TValue>) -> TractResult<TVec<TValue>> {
+    const VECTOR: usize = 64;
+    let first = slices.first().map_or(0, |first| first.len());
+    let whole =
+        |b: &TValue| b.len() <= 1 || b.len() == first || (b.len() * b.datum_type().size_of()).is_multiple_of(VECTOR);
+    if slices.iter().all(whole) {
+        return eval(context, None, node, slices);
+    }
+    let steps: TVec<&dyn BinMiniOp> = if let Some(op) = node.op_as::<OptBinUnicast>() {
+        tvec!(&*op.binop)
+    } else if let Some(op) = node.op_as::<OptBinChain>() {
+        op.steps.iter().map(|step| &*step.binop).collect()
+    } else {
+        return eval(context, None, node, slices);
+    };
+    ensure!(slices.len() == steps.len() + 1, "a binary operator with another number of operands");
+    let mut slices = slices.into_iter();
+    let first = slices.next().context("an operator without operands")?;
+    let made = steps.iter().zip(slices).try_fold(first, |a, (op, b)| {
+        let datum_type = op.result_datum_type(a.datum_type(), b.datum_type())?;
+        op.eval(a, b, datum_type).map(IntoTValue::into_tvalue)
+    })?;
+    Ok(tvec!(made))
 }
 
 /// The shape of a node's only output, if it is known before the node runs.

@@ -141,3 +141,52 @@ fn what_cannot_be_cut_where_it_is_needed_counts_against_the_limit() {
         }
     }
 }
+
+#[test]
+fn operands_that_are_broadcast_are_cut_with_what_they_are_added_to() {
+    let mut random = crate::kernels::tests::Random::new(91);
+    let cancel = Arc::new(AtomicBool::new(false));
+    let mut spilled = 0;
+    for (channels, height, width) in [(12, 40, 23), (8, 33, 24), (5, 64, 7), (16, 31, 31), (1, 128, 9)] {
+        let whole = [1, channels, height, width];
+        for ones in 0..16 {
+            let dims: Vec<i64> = (0..4).map(|axis| if ones & 1 << axis == 0 { whole[axis] } else { 1 }).collect();
+            let count = dims.iter().product::<i64>() as usize;
+            for operator in ["Add", "Sub", "Div", "Max"] {
+                let graph = graph(
+                    vec![
+                        info("x", FLOAT, &whole.map(S)),
+                        info("z", FLOAT, &dims.iter().map(|&dim| S(dim)).collect::<Vec<_>>()),
+                    ],
+                    vec![info("y", FLOAT, &[S(1), S(1), S(1), S(1)])],
+                    vec![
+                        node("Erf", &["x"], &["e"]),
+                        node(operator, &["z", "e"], &["t"]),
+                        node(operator, &["t", "z"], &["s"]),
+                        node("Mul", &["s", "w"], &["u"]),
+                        node("Add", &["u", "v"], &["a"]),
+                        node("ReduceMax", &["a"], &["y"]).ints("axes", &[0, 1, 2, 3]),
+                    ],
+                    vec![floats("w", &dims, &random.values(count)), floats("v", &[1], &[0.25])],
+                );
+                let plan = compile(graph).unwrap();
+                let x = random.values((channels * height * width) as usize);
+                let z: Vec<f32> = random.values(count).iter().map(|value| value + 2.0).collect();
+                let shape = |dims: &[i64]| dims.iter().map(|&dim| dim as usize).collect::<Vec<_>>();
+                let input =
+                    || vec![("x".to_owned(), f32s(&shape(&whole), &x)), ("z".to_owned(), f32s(&shape(&dims), &z))];
+                let expected = plan.run(input(), &cancel).unwrap()[0].1.to_f32().unwrap()[0];
+                for operator_memory in [3_000, 7_777] {
+                    let files = files(operator_memory);
+                    let made = plan.run_on_blocks(input(), files.clone(), &cancel).unwrap()[0].1.to_f32().unwrap()[0];
+                    assert!(
+                        (made - expected).abs() <= 1e-5 * (1.0 + expected.abs()),
+                        "{operator} {whole:?} {dims:?}: {made} is not {expected}"
+                    );
+                    spilled += files.written.lock().unwrap().len();
+                }
+            }
+        }
+    }
+    assert!(spilled > 100, "{spilled}");
+}
