@@ -17,6 +17,8 @@ const HEAVY_NANOSECONDS: u64 = 10_000_000;
 pub(super) struct Demand {
     /// Nanoseconds of the run, roughly.
     pub nanoseconds: u64,
+    /// It holds while a value may have up to so many bytes in memory.
+    holds_to: u64,
 }
 
 /// One value that a step makes.
@@ -127,18 +129,20 @@ impl Runnable {
     /// # Errors
     /// `TooLarge` beyond the memory limit.
     pub fn demand(&self, shapes: &Shapes) -> Result<Demand, ModelError> {
+        let in_memory = crate::weights::source().map_or(u64::MAX, |source| source.operator_memory());
         if let Some((held, demand)) = &*self.last.lock().unwrap_or_else(PoisonError::into_inner)
             && held == shapes
+            && in_memory <= demand.holds_to
         {
             return Ok(*demand);
         }
-        let demand = self.measure(&self.symbols(shapes))?;
+        let demand = self.measure(&self.symbols(shapes), in_memory)?;
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some((shapes.clone(), demand));
         Ok(demand)
     }
 
-    fn measure(&self, symbols: &SymbolValues) -> Result<Demand, ModelError> {
-        let in_memory = crate::weights::source().map_or(u64::MAX, |source| source.operator_memory());
+    fn measure(&self, symbols: &SymbolValues, in_memory: u64) -> Result<Demand, ModelError> {
+        let mut holds_to = u64::MAX;
         let mut dropped = vec![0u64; self.steps.len()];
         let (mut alive, mut nanoseconds) = (0u64, 0u64);
         for (step, item) in self.steps.iter().enumerate() {
@@ -146,7 +150,10 @@ impl Runnable {
             for value in &item.values {
                 let mut bytes = value_bytes(value, symbols);
                 if bytes.is_some_and(|bytes| bytes > in_memory) {
-                    bytes = bytes.map(|bytes| item.held(value, bytes, in_memory, symbols));
+                    let held = bytes.map(|bytes| item.held(value, bytes, in_memory, symbols));
+                    if held != bytes {
+                        (bytes, holds_to) = (held, in_memory);
+                    }
                 }
                 made = bytes
                     .and_then(|bytes| made.checked_add(bytes))
@@ -167,7 +174,7 @@ impl Runnable {
             let step = if item.dynamic { step.max(HEAVY_NANOSECONDS + 1) } else { step };
             nanoseconds = nanoseconds.saturating_add(step);
         }
-        Ok(Demand { nanoseconds })
+        Ok(Demand { nanoseconds, holds_to })
     }
 
     fn beyond(&self, step: &Step, bytes: Option<u64>) -> ModelError {

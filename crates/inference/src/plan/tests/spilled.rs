@@ -139,6 +139,12 @@ fn what_cannot_be_cut_where_it_is_needed_counts_against_the_limit() {
                 (false, made) => assert_eq!(made.unwrap_err().kind, TooLarge, "{images} images, {limit} bytes"),
             }
         }
+        if fits {
+            // The setting is raised: the same run would take more memory than before.
+            let input = vec![("x".to_owned(), f32s(&[5, 1, 64, 64], &vec![0.5; 5 * 64 * 64]))];
+            let made = plan.run_on_blocks(input, files(u64::MAX), &Arc::new(AtomicBool::new(false)));
+            assert_eq!(made.unwrap_err().kind, TooLarge);
+        }
     }
 }
 
