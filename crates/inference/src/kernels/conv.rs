@@ -14,8 +14,8 @@
 //! ```
 //!
 //! The columns between the rows of the output are computed in vain, and left out when the output is copied to its
-//! place. With a stride of s, a plane is cut into s x s planes, of the rows and columns of one remainder each. Several
-//! small images lie in one plane, one below the other. Work is cut into chunks of output rows, or of images, so that the
+//! place. With a stride of s, a plane is cut into s x s planes, of the rows and columns of one remainder each; those that
+//! no tap reads are left out. Several small images lie in one plane, one below the other. Work is cut into chunks of output rows, or of images, so that the
 //! planes of a chunk stay in the near caches.
 //!
 //! Invariant: filters are walked tile by tile, once a chunk, and no tile is needed with another.
@@ -94,6 +94,34 @@ impl Geometry {
             pad: turn(self.pad),
             ..*self
         }
+    }
+
+    /// How many remainders of the stride the taps have. Those of the first taps are all: tap t has that of tap t modulo this.
+    fn phases(&self) -> [usize; 2] {
+        let divisor = |mut a: usize, mut b: usize| {
+            while b != 0 {
+                (a, b) = (b, a % b);
+            }
+            a
+        };
+        std::array::from_fn(|axis| {
+            (self.stride[axis] / divisor(self.stride[axis], self.dilation[axis])).min(self.kernel[axis])
+        })
+    }
+
+    /// Elements of scratch that [`conv`] takes: sizes of kernels and paddings come from a model, and wide ones make planes
+    /// that are much larger than the pictures.
+    pub fn scratch(&self, images: usize) -> usize {
+        let geometry = &self.lying();
+        if images == 0 || Geometry::pixels(geometry.output) == 0 || depthwise::serves(geometry) {
+            return 0;
+        }
+        let layout = Layout::new(geometry);
+        let most = chunks(geometry, layout, images).map(|chunk| chunk.columns(geometry, layout)).max().unwrap_or(0);
+        let [down, right] = geometry.phases();
+        let planes =
+            geometry.group_channels().saturating_mul(down * right).saturating_mul(most.saturating_add(layout.reach));
+        planes.saturating_add(geometry.group_filters().saturating_mul(most))
     }
 
     /// Whether each output pixel is of the one input pixel at the same place.
@@ -211,7 +239,7 @@ impl Layout {
             if stride[axis] == 1 { whole - after.min(pad[axis]) } else { whole }
         };
         let width = size(1);
-        Layout { width, period: size(0), reach: extent(0) * width + extent(1) }
+        Layout { width, period: size(0), reach: extent(0).saturating_mul(width).saturating_add(extent(1)) }
     }
 }
 
@@ -275,7 +303,7 @@ pub fn conv<F: Filters>(
 
 fn chunks(geometry: &Geometry, layout: Layout, images: usize) -> impl Iterator<Item = Chunk> {
     let columns = (CHUNK / geometry.group_channels().max(1)).clamp(COLUMNS.start, COLUMNS.end);
-    let image = layout.period * layout.width;
+    let image = layout.period.saturating_mul(layout.width);
     let height = geometry.output[0];
     let together = (columns / image).max(1);
     // As even as can be.
@@ -317,7 +345,8 @@ fn chunk_of_group<F: Filters>(
     } else {
         let len = columns + layout.reach;
         let stride = (len.div_ceil(16) | 1) * 16;
-        let phases = geometry.stride[0] * geometry.stride[1];
+        let [down, right] = geometry.phases();
+        let phases = down * right;
         let wanted = channels * phases * stride;
         if planes.len() < wanted {
             planes.resize(wanted, 0.0);
@@ -326,7 +355,8 @@ fn chunk_of_group<F: Filters>(
             let at = |image: usize| (image * geometry.channels + group * channels + channel) * pixels.0;
             for phase in 0..phases {
                 let plane = &mut planes[(channel * phases + phase) * stride..][..len];
-                let place = [phase / geometry.stride[1], phase % geometry.stride[1]];
+                let tap = [phase / right, phase % right];
+                let place = std::array::from_fn(|axis| tap[axis] * geometry.dilation[axis] % geometry.stride[axis]);
                 fill(plane, place, chunk, geometry, layout, |image| &input[at(image)..at(image) + pixels.0]);
             }
         }
@@ -394,14 +424,15 @@ fn chunk_of_group<F: Filters>(
 
 /// The offsets of all taps, in the order of the columns of the filters.
 fn tap_offsets(offsets: &mut Vec<usize>, geometry: &Geometry, layout: Layout, plane: usize) {
-    let [down, right] = geometry.stride;
+    let [down, right] = geometry.phases();
+    let place = |tap: usize, axis: usize| tap * geometry.dilation[axis] / geometry.stride[axis];
     offsets.clear();
     offsets.reserve(geometry.depth());
     for channel in 0..geometry.group_channels() {
-        for y in (0..geometry.kernel[0]).map(|tap| tap * geometry.dilation[0]) {
-            for x in (0..geometry.kernel[1]).map(|tap| tap * geometry.dilation[1]) {
-                let phase = y % down * right + x % right;
-                offsets.push((channel * down * right + phase) * plane + y / down * layout.width + x / right);
+        for y in 0..geometry.kernel[0] {
+            for x in 0..geometry.kernel[1] {
+                let phase = (channel * down + y % down) * right + x % right;
+                offsets.push(phase * plane + place(y, 0) * layout.width + place(x, 1));
             }
         }
     }

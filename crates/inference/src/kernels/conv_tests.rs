@@ -145,3 +145,28 @@ fn no_images_and_no_pixels_are_no_work() {
     geometry.output = [0, 2];
     conv(&mut [], &[0.0; 32], 1, &geometry, &mut filters, After::default()).unwrap();
 }
+
+#[test]
+fn a_stride_beyond_the_kernel_takes_no_planes_that_no_tap_reads() {
+    let mut random = Random::new(77);
+    for (kernel, stride, dilation, pad) in [
+        ([2, 1], [1 << 20, 1 << 20], [1, 1], [0, 0]),
+        ([1, 1], [7, 5], [3, 3], [2, 1]),
+        ([3, 2], [6, 9], [4, 6], [1, 3]),
+        ([4, 5], [4, 6], [2, 4], [0, 2]),
+    ] {
+        let input = [31, 37];
+        let size =
+            |axis: usize| (pad[axis] + input[axis] - ((kernel[axis] - 1) * dilation[axis] + 1)) / stride[axis] + 1;
+        let output = [size(0), size(1)];
+        let geometry = Geometry { channels: 2, filters: 3, groups: 1, input, output, kernel, stride, dilation, pad };
+        assert!(geometry.scratch(2) < 1 << 20, "{geometry:?}");
+        let values = random.values(2 * 2 * 31 * 37);
+        let weights = random.values(3 * geometry.depth());
+        let expected = reference(&values, 2, &geometry, &weights, After::default());
+        let mut out = vec![f32::NAN; expected.len()];
+        let mut whole = Whole { data: &weights, depth: geometry.depth() };
+        conv(&mut out, &values, 2, &geometry, &mut whole, After::default()).unwrap();
+        close(&out, &expected, 1e-4, &format!("{geometry:?}"));
+    }
+}

@@ -110,15 +110,22 @@ pub(super) fn run(
     let result = state.run_plan_with_eval(values, |context, op_state, node: &TypedNode, inputs| -> TractResult<_> {
         if cancel.load(Ordering::Relaxed) {
             stopped = Some(cancelled());
-        } else if runnable.dynamic[node.id] {
-            stopped = check_dynamic(node, &inputs, context.symbols, options.memory_limit).err();
-        }
-        if stopped.is_some() {
             bail!("stopped");
         }
+        // What it is asked with are the values themselves: one that lies in a file has been read.
+        let mut check = |inputs: &[TValue]| {
+            if runnable.dynamic[node.id] {
+                stopped = check_dynamic(node, inputs, context.symbols, options.memory_limit).err();
+            }
+            ensure!(stopped.is_none(), "stopped");
+            Ok(())
+        };
         match &mut spills {
-            Some(spills) => spills.run(model, context, op_state, node, inputs),
-            None => eval(context, op_state, node, inputs),
+            Some(spills) => spills.run(model, context, op_state, node, inputs, check),
+            None => {
+                check(&inputs)?;
+                eval(context, op_state, node, inputs)
+            }
         }
     });
     let outputs = match (result, stopped) {

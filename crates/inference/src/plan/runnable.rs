@@ -17,6 +17,8 @@ const HEAVY_NANOSECONDS: u64 = 10_000_000;
 pub(super) struct Demand {
     /// Nanoseconds of the run, roughly.
     pub nanoseconds: u64,
+    /// It holds while a value may have up to so many bytes in memory.
+    holds_to: u64,
 }
 
 /// One value that a step makes.
@@ -32,10 +34,20 @@ struct Step {
     values: TVec<Value>,
     /// Multiply-adds and divisions.
     work: TVec<TDim>,
-    /// Whether its values go to a temporary file if they are large.
-    can_spill: bool,
+    /// Axes along which its value may be cut, to lie in a temporary file if it is large.
+    spill_axes: TVec<usize>,
     /// Bytes that are known only while running, because a dimension depends on data.
     pub dynamic: bool,
+}
+
+impl Step {
+    /// Bytes that are in memory at a time of a value of `bytes`, of which `in_memory` may be: a piece of one row is the
+    /// smallest, and along an axis of one row there are none.
+    fn held(&self, value: &Value, bytes: u64, in_memory: u64, symbols: &SymbolValues) -> u64 {
+        let size = |axis: usize| u64::try_from(value.shape.get(axis)?.eval(symbols).to_i64().ok()?).ok();
+        let sizes = self.spill_axes.iter().filter_map(|&axis| size(axis)).filter(|&size| size > 1);
+        sizes.map(|size| (bytes / size).max(in_memory)).min().unwrap_or(bytes)
+    }
 }
 
 /// A compiled form of a model.
@@ -93,8 +105,8 @@ impl Runnable {
                 .filter(|(cost, _)| cost.is_compute())
                 .map(|(_, count)| count)
                 .collect();
-            let can_spill = super::spill::can_spill(model, node);
-            steps.push(Step { node: id, values, work, can_spill, dynamic: dynamic[id] });
+            let spill_axes = super::spill::spill_axes(model, node);
+            steps.push(Step { node: id, values, work, spill_axes, dynamic: dynamic[id] });
         }
         Ok(Runnable { plan, names, bound, steps, dynamic, limit: options.memory_limit, last: Mutex::new(None) })
     }
@@ -117,26 +129,31 @@ impl Runnable {
     /// # Errors
     /// `TooLarge` beyond the memory limit.
     pub fn demand(&self, shapes: &Shapes) -> Result<Demand, ModelError> {
+        let in_memory = crate::weights::source().map_or(u64::MAX, |source| source.operator_memory());
         if let Some((held, demand)) = &*self.last.lock().unwrap_or_else(PoisonError::into_inner)
             && held == shapes
+            && in_memory <= demand.holds_to
         {
             return Ok(*demand);
         }
-        let demand = self.measure(&self.symbols(shapes))?;
+        let demand = self.measure(&self.symbols(shapes), in_memory)?;
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some((shapes.clone(), demand));
         Ok(demand)
     }
 
-    fn measure(&self, symbols: &SymbolValues) -> Result<Demand, ModelError> {
-        let in_memory = crate::weights::source().map_or(u64::MAX, |source| source.operator_memory());
+    fn measure(&self, symbols: &SymbolValues, in_memory: u64) -> Result<Demand, ModelError> {
+        let mut holds_to = u64::MAX;
         let mut dropped = vec![0u64; self.steps.len()];
         let (mut alive, mut nanoseconds) = (0u64, 0u64);
         for (step, item) in self.steps.iter().enumerate() {
             let mut made = 0u64;
             for value in &item.values {
                 let mut bytes = value_bytes(value, symbols);
-                if item.can_spill && bytes.is_some_and(|bytes| bytes > in_memory) {
-                    bytes = Some(in_memory);
+                if bytes.is_some_and(|bytes| bytes > in_memory) {
+                    let held = bytes.map(|bytes| item.held(value, bytes, in_memory, symbols));
+                    if held != bytes {
+                        (bytes, holds_to) = (held, in_memory);
+                    }
                 }
                 made = bytes
                     .and_then(|bytes| made.checked_add(bytes))
@@ -157,7 +174,7 @@ impl Runnable {
             let step = if item.dynamic { step.max(HEAVY_NANOSECONDS + 1) } else { step };
             nanoseconds = nanoseconds.saturating_add(step);
         }
-        Ok(Demand { nanoseconds })
+        Ok(Demand { nanoseconds, holds_to })
     }
 
     fn beyond(&self, step: &Step, bytes: Option<u64>) -> ModelError {

@@ -22,7 +22,7 @@ use crate::weights::{BlockSource, SpillFile};
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
-use tract_onnx::tract_core::ops::binary::{OptBinByScalar, OptBinChain, OptBinUnicast, TypedBinOp};
+use tract_onnx::tract_core::ops::binary::{BinMiniOp, OptBinByScalar, OptBinChain, OptBinUnicast, TypedBinOp};
 use tract_onnx::tract_core::ops::cast::Cast;
 use tract_onnx::tract_core::ops::element_wise::ElementWiseOp;
 use tract_onnx::tract_core::ops::nn::{Reduce, Reducer, Softmax};
@@ -180,7 +180,8 @@ impl Spills {
         Spills { source, budget: Budget { operator, limit }, held: HashMap::new() }
     }
 
-    /// Runs a node, on slices if its output or an input is beyond the budget.
+    /// Runs a node, on slices if its output or an input is beyond the budget. Otherwise `check` is asked before, with the
+    /// inputs as they are.
     pub fn run(
         &mut self,
         model: &TypedModel,
@@ -188,6 +189,7 @@ impl Spills {
         state: Option<&mut (dyn OpState + 'static)>,
         node: &TypedNode,
         inputs: TVec<TValue>,
+        check: impl FnOnce(&[TValue]) -> TractResult<()>,
     ) -> TractResult<TVec<TValue>> {
         let from_file = node.inputs.iter().any(|outlet| self.held.contains_key(outlet));
         let shape = output_shape(node, context.symbols);
@@ -195,6 +197,7 @@ impl Spills {
         // A source of the graph gets its value as an input of which the node knows nothing.
         let source = inputs.len() != node.inputs.len();
         if source || (!from_file && bytes <= self.budget.operator) {
+            check(&inputs)?;
             return eval(context, state, node, inputs);
         }
         let spill = bytes > self.budget.operator && !model.outputs.contains(&node.id.into());
@@ -211,6 +214,10 @@ impl Spills {
                         *value = spilled.whole(&node.name, self.budget.limit)?.into_tvalue();
                     }
                 }
+                if bytes > self.budget.limit {
+                    return carry(Err(beyond_limit(&node.name, Some(bytes), self.budget.limit)));
+                }
+                check(&whole)?;
                 eval(context, state, node, whole)?
             }
         };
@@ -273,6 +280,12 @@ impl Spills {
     ) -> TractResult<Option<TVec<TValue>>> {
         let Some(slicing) = self.slicing(node, inputs, shape, spill) else { return Ok(None) };
         let datum_type = node.outputs[0].fact.datum_type;
+        // How long the pieces are may have been chosen for an input that has shorter rows.
+        let rows = slicing.output.map_or(1, |axis| shape[axis].max(1) as u64);
+        let piece = (bytes_of(shape, datum_type) / rows).saturating_mul(slicing.piece.min(rows as usize) as u64);
+        if piece > self.budget.limit {
+            return carry(Err(beyond_limit(&node.name, Some(piece), self.budget.limit)));
+        }
         let mut file = if spill {
             let Some(file) = carry(self.source.spill_file())? else { return Ok(None) };
             Some(file)
@@ -306,7 +319,7 @@ impl Spills {
                     (None, value, _) => value.unwrap_or(&inputs[input]).clone(),
                 });
             }
-            let piece = eval(context, None, node, slices)?;
+            let piece = eval_slices(context, node, slices)?;
             let [piece] = &*piece else { return Ok(None) };
             match (slicing.output, &mut file, &mut result) {
                 (Some(axis), file, result) => {
@@ -343,6 +356,33 @@ impl Spills {
     }
 }
 
+/// Evaluates a node on slices. Where one operand of a binary operator is repeated, tract chooses a kernel that needs each
+/// repetition to begin at a whole vector; that was so for the whole operands only.
+fn eval_slices(context: &EvalContext<'_>, node: &TypedNode, slices: TVec<TValue>) -> TractResult<TVec<TValue>> {
+    const VECTOR: usize = 64;
+    let first = slices.first().map_or(0, |first| first.len());
+    let whole =
+        |b: &TValue| b.len() <= 1 || b.len() == first || (b.len() * b.datum_type().size_of()).is_multiple_of(VECTOR);
+    if slices.iter().all(whole) {
+        return eval(context, None, node, slices);
+    }
+    let steps: TVec<&dyn BinMiniOp> = if let Some(op) = node.op_as::<OptBinUnicast>() {
+        tvec!(&*op.binop)
+    } else if let Some(op) = node.op_as::<OptBinChain>() {
+        op.steps.iter().map(|step| &*step.binop).collect()
+    } else {
+        return eval(context, None, node, slices);
+    };
+    ensure!(slices.len() == steps.len() + 1, "a binary operator with another number of operands");
+    let mut slices = slices.into_iter();
+    let first = slices.next().context("an operator without operands")?;
+    let made = steps.iter().zip(slices).try_fold(first, |a, (op, b)| {
+        let datum_type = op.result_datum_type(a.datum_type(), b.datum_type())?;
+        op.eval(a, b, datum_type).map(IntoTValue::into_tvalue)
+    })?;
+    Ok(tvec!(made))
+}
+
 /// The shape of a node's only output, if it is known before the node runs.
 fn output_shape(node: &TypedNode, symbols: &SymbolValues) -> Option<TVec<usize>> {
     let [output] = &*node.outputs else { return None };
@@ -353,14 +393,16 @@ fn bytes_of(shape: &[usize], datum_type: DatumType) -> u64 {
     shape.iter().fold(datum_type.size_of() as u64, |bytes, &dim| bytes.saturating_mul(dim as u64))
 }
 
-/// True for a node that can be run on slices along some axis of its output, whatever the sizes: its output is then held in
-/// pieces.
-pub(super) fn can_spill(model: &TypedModel, node: &TypedNode) -> bool {
-    let Ok(facts) = model.node_input_facts(node.id) else { return false };
+/// The axes of its output along which a node can be run on slices, its output then being held in pieces; but one of which
+/// the size is 1 when it runs gives no slices.
+pub(super) fn spill_axes(model: &TypedModel, node: &TypedNode) -> TVec<usize> {
+    let (Ok(facts), [output]) = (model.node_input_facts(node.id), &*node.outputs) else { return tvec!() };
+    if model.outputs.contains(&node.id.into()) {
+        return tvec!();
+    }
     let ranks: TVec<usize> = facts.iter().map(|fact| fact.rank()).collect();
     let is_one = |input: usize, axis: usize| facts[input].shape.get(axis).is_some_and(|dim| dim.is_one());
-    let [output] = &*node.outputs else { return false };
-    !model.outputs.contains(&node.id.into())
-        && (0..output.fact.rank())
-            .any(|axis| !output.fact.shape[axis].is_one() && sliced_inputs(node, axis, &ranks, &is_one).is_some())
+    (0..output.fact.rank())
+        .filter(|&axis| !output.fact.shape[axis].is_one() && sliced_inputs(node, axis, &ranks, &is_one).is_some())
+        .collect()
 }

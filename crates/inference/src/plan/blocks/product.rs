@@ -241,6 +241,9 @@ impl EvalOp for BlockProduct {
             sizes
         };
         let shape = self.output_shape::<usize>(&sizes);
+        // A dimension that is free in the signature may be summed over: what divides by K need not be M x K.
+        let leading: usize = self.input_order[..self.leading].iter().map(|&axis| sizes[axis]).product();
+        ensure!(leading == m, "the input does not fit the stored matrix");
         let direct = self.output_lies_right();
         let made: TVec<usize> = if direct {
             shape.clone()

@@ -23,6 +23,9 @@ use tract_onnx::tract_hir::internal::*;
 
 pub(super) use fuse::fuse;
 
+/// Most elements of scratch: 1 GB.
+const SCRATCH: usize = 1 << 28;
+
 /// A convolution of one or two spatial dimensions, channels first, in float32.
 ///
 /// Inputs: the pictures; the filters unless they are stored; with `added`, what is added to the result.
@@ -248,6 +251,14 @@ impl EvalOp for Convolution {
     fn eval(&self, _: &EvalContext, inputs: TVec<TValue>) -> TractResult<TVec<TValue>> {
         let pictures = &inputs[0];
         let geometry = self.geometry(pictures.shape())?;
+        let images = pictures.shape()[0];
+        if geometry.scratch(images) > SCRATCH {
+            return carry(Err(ModelError::too_large(
+                "a convolution's dilation or padding is too large for its pictures",
+            )
+            .detail(format!("It is {geometry:?}."))
+            .hint("Use a model whose convolutions reach less far.")));
+        }
         let shape = self.pool.output_shape(pictures.shape())?.shape;
         let mut output = Tensor::zero::<f32>(&shape)?;
         let added = match inputs.last().filter(|_| self.added) {
@@ -264,7 +275,6 @@ impl EvalOp for Convolution {
             activation: self.activation,
             then: self.then,
         };
-        let images = pictures.shape()[0];
         let pictures = pictures.try_as_plain_ram()?;
         let pictures = pictures.as_slice::<f32>()?;
         let mut out = output.try_as_plain_ram_mut()?;

@@ -18,6 +18,10 @@ use std::borrow::Cow;
 use std::ops::Range;
 use tract_onnx::tract_hir::internal::*;
 
+/// Elements of the sums that are made at a time, about: 16 MB. A sequence may be long where only its last output is asked
+/// for.
+const SUMS: usize = if cfg!(test) { 2 * 3 * 192 } else { 4 << 20 };
+
 /// Which layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Kind {
@@ -133,10 +137,11 @@ impl Layer {
         }))
     }
 
-    /// The input's part of the sums of one direction, for all steps: (T B x I) times W^T.
-    fn input_part(&self, sums: &mut [f32], inputs: &[TValue], rows: usize, direction: usize) -> TractResult<()> {
+    /// The input's part of the sums of one direction, for these rows of all steps: (T B x I) times W^T.
+    fn input_part(&self, sums: &mut [f32], inputs: &[TValue], rows: Range<usize>, direction: usize) -> TractResult<()> {
         let (width, features) = (self.sums(), self.features);
-        let x = floats(&inputs[0])?;
+        let x = &floats(&inputs[0])?[rows.start * features..];
+        let rows = rows.len();
         match &self.input {
             Weights::Stored(tensor) => self.for_each_piece(tensor, direction..direction + 1, |piece| {
                 if rows > 0 {
@@ -195,7 +200,6 @@ struct Piece<'a> {
 /// One direction of a run.
 struct Direction<'a> {
     layer: &'a Layer,
-    steps: usize,
     batch: usize,
     backwards: bool,
     /// R^T.
@@ -208,14 +212,14 @@ struct Direction<'a> {
 }
 
 impl Direction<'_> {
-    /// Goes through all steps; `each` gets the number of a step and its output.
-    fn run(&mut self, sums: &mut [f32], mut each: impl FnMut(usize, &[f32])) {
+    /// Goes through these steps, of which `sums` are; `each` gets the number of a step and its output.
+    fn run(&mut self, sums: &mut [f32], steps: Range<usize>, mut each: impl FnMut(usize, &[f32])) {
         let (size, batch) = (self.layer.size, self.batch);
         let width = self.layer.kind.gates() * size;
         let mut next = vec![0.0; batch * size];
         let mut apart = vec![0.0; batch * width];
-        for step in 0..self.steps {
-            let step = if self.backwards { self.steps - 1 - step } else { step };
+        for step in 0..steps.len() {
+            let step = if self.backwards { steps.len() - 1 - step } else { step };
             let sums = &mut sums[step * batch * width..][..batch * width];
             let before = Operand::row_major(&self.output, size);
             let weights = Operand::row_major(self.recurrent, width);
@@ -260,7 +264,7 @@ impl Direction<'_> {
                 }
             }
             std::mem::swap(&mut self.output, &mut next);
-            each(step, &self.output);
+            each(steps.start + step, &self.output);
         }
     }
 }
@@ -293,7 +297,9 @@ impl EvalOp for Layer {
             Tensor::zero::<f32>(&[self.directions, batch, size])?,
         ];
         let state = batch * size;
-        let mut sums = vec![0.0; steps * batch * width];
+        let part = (SUMS / (batch * width).max(1)).clamp(1, steps.max(1));
+        let parts = steps.div_ceil(part);
+        let mut sums = vec![0.0; part.min(steps) * batch * width];
         for number in 0..self.directions {
             let initial = |slot: Option<usize>| -> TractResult<Vec<f32>> {
                 let Some(slot) = slot else { return Ok(vec![0.0; state]) };
@@ -302,14 +308,8 @@ impl EvalOp for Layer {
                 Ok(values[number * state..][..state].to_vec())
             };
             let (both, apart) = self.biases(bias.map(|bias| &bias[number * 2 * width..][..2 * width]));
-            let rows = steps * batch;
-            self.input_part(&mut sums, &inputs, rows, number)?;
-            if !both.is_empty() {
-                finish(&mut sums, width, (rows, width), Bias::PerColumn(&both), Activation::Identity);
-            }
             let mut direction = Direction {
                 layer: self,
-                steps,
                 batch,
                 backwards: number == 1,
                 recurrent: &recurrent_weights[number * size * width..][..size * width],
@@ -317,10 +317,19 @@ impl EvalOp for Layer {
                 output: initial(self.initial[0])?,
                 cell: initial(self.initial[1])?,
             };
-            {
+            for number_of_part in 0..parts {
+                carry(crate::weights::check_cancelled())?;
+                let at = if direction.backwards { parts - 1 - number_of_part } else { number_of_part } * part;
+                let these = at..steps.min(at + part);
+                let rows = these.start * batch..these.end * batch;
+                let sums = &mut sums[..rows.len() * width];
+                self.input_part(sums, &inputs, rows.clone(), number)?;
+                if !both.is_empty() {
+                    finish(sums, width, (rows.len(), width), Bias::PerColumn(&both), Activation::Identity);
+                }
                 let mut plain = sequence.try_as_plain_ram_mut()?;
                 let all = plain.as_slice_mut::<f32>()?;
-                direction.run(&mut sums, |step, output| {
+                direction.run(sums, these, |step, output| {
                     if let Some(place) =
                         all.get_mut((step * self.directions + number) * state..).filter(|it| !it.is_empty())
                     {

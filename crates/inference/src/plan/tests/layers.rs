@@ -201,3 +201,34 @@ fn recurrent_layers_go_through_sequences_in_both_directions() {
         close(&outputs[1], &last, 1e-5, &format!("{operator} {reset}"));
     }
 }
+
+#[test]
+fn a_free_dimension_that_does_not_fit_a_stored_matrix_is_refused() {
+    let mut random = Random::new(33);
+    let weights = random.values(128 * 64);
+    let graph = graph(
+        vec![info("x", FLOAT, &[N("batch"), N("width")])],
+        vec![info("y", FLOAT, &[N("batch"), S(64)])],
+        vec![node("MatMul", &["x", "w"], &["y"])],
+        vec![floats("w", &[128, 64], &weights)],
+    );
+    let bytes = model(graph).encode_to_vec();
+    let stripped = strip(&bytes, &mut NoExternalData, &mut || Ok(())).unwrap();
+    let mut fetch = |ordinal: u32, out: &mut Vec<u8>| {
+        out.extend_from_slice(&stripped.tensors[ordinal as usize].data);
+        Ok(())
+    };
+    let tensor = &stripped.tensors[0];
+    let tilings = [Some(Tiling::new(&tensor.dims, tensor.view, tensor.dtype, 16 << 10).unwrap())];
+    let options = CompileOptions { inline_tensor_bytes: 8 << 10, ..CompileOptions::default() };
+    let plan = Plan::compile_on_blocks(&stripped.graph, &mut fetch, &tilings, &options, &mut || false).unwrap();
+    assert_eq!(plan.stored_tensors().len(), 1);
+    let mut blocks = PrivateBlocks::new();
+    blocks.add(&plan.stored_tensors()[0], &tensor.data).unwrap();
+    let blocks = Arc::new(blocks);
+    for (rows, width) in [(128, 1), (2, 64), (1, 256), (64, 4)] {
+        let x = f32s(&[rows, width], &vec![1.0; rows * width]);
+        let made = plan.run_on_blocks(vec![("x".into(), x)], blocks.clone(), &Arc::new(AtomicBool::new(false)));
+        assert!(made.is_err(), "{rows} x {width}: {:?}", made.map(|made| made[0].1.shape.clone()));
+    }
+}

@@ -261,3 +261,16 @@ fn failing_leaves_nothing_behind() {
     let grown = resident().saturating_sub(before);
     assert!(grown < 16 << 20, "{grown} bytes more after 400 failures");
 }
+
+#[test]
+fn a_convolution_that_reaches_far_is_refused_before_it_takes_memory() {
+    let far = 1 << 20;
+    let graph = graph(
+        vec![info("x", FLOAT, &[S(1), S(3), N("height"), S(8)])],
+        vec![info("y", FLOAT, &[S(1), S(2), N("height"), S(8)])],
+        vec![node("Conv", &["x", "w"], &["y"]).ints("dilations", &[far; 2]).ints("pads", &[far, far, 0, 0])],
+        vec![floats("w", &[2, 3, 2, 2], &[0.5; 24])],
+    );
+    let made = run(&compile(graph).unwrap(), &[("x", f32s(&[1, 3, 8, 8], &[1.0; 192]))]);
+    assert_eq!(made.unwrap_err().kind, TooLarge);
+}
