@@ -83,26 +83,23 @@ impl ModelBlocks {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The blocks of a tensor, read from the tables if they are not known, or not to be trusted.
+    /// The blocks of a tensor, read from the tables if they are not known, or not to be trusted. The tensors' own rows never
+    /// change, so those of this version are read once: what is read anew is in tables that [`OpenWeights`] has locked.
     fn tensor(&self, weights: &OpenWeights, ordinal: u32, anew: bool) -> Arc<TensorBlocks> {
         let place = ordinal as usize;
-        let mut row = None;
-        if !anew {
+        let row = {
             let known = self.lock();
-            if let Some(Some(tensor)) = known.tensors.get(place) {
-                return tensor.clone();
-            }
-            row = known.rows.get(place).cloned();
-        }
-        let row = match row {
-            Some(row) => row,
-            None => {
-                let rows = catalog::tensors(self.version.load(Ordering::Relaxed));
-                let Some(row) = rows.get(place).cloned() else { missing(ordinal) };
-                self.lock().rows = rows;
-                row
+            match known.tensors.get(place) {
+                Some(Some(tensor)) if !anew => return tensor.clone(),
+                _ => known.rows.get(place).cloned(),
             }
         };
+        let row = row.unwrap_or_else(|| {
+            let rows = catalog::tensors(self.version.load(Ordering::Relaxed));
+            let Some(row) = rows.get(place).cloned() else { missing(ordinal) };
+            self.lock().rows = rows;
+            row
+        });
         let tiling = row.tiling();
         let blocks = catalog::block_refs(weights, &row, &tiling);
         let tensor = Arc::new(TensorBlocks { row, tiling, blocks });
@@ -136,6 +133,8 @@ impl ModelBlocks {
         let (wanted, next) = wanted.split_at(wanted.len().min(WINDOW));
         let weights = OpenWeights::open();
         let tensor = self.tensor(&weights, ordinal, false);
+        // Where the blocks are now, if they have moved since.
+        let mut moved: Option<Arc<TensorBlocks>> = None;
         let key = |&number: &u32| {
             let tile = tensor.tile(number);
             let Some(block) = tensor.blocks.get(number as usize) else { missing(ordinal) };
@@ -149,10 +148,10 @@ impl ModelBlocks {
         }
         cache::pin(self.slot(), &keys, &mut |at, out| {
             let number = wanted[at];
-            if tensor.read(&weights, number, out) {
+            if moved.as_ref().unwrap_or(&tensor).read(&weights, number, out) {
                 return;
             }
-            let now = self.tensor(&weights, ordinal, true);
+            let now = moved.insert(self.tensor(&weights, ordinal, true));
             let same = now.blocks.get(number as usize).is_some_and(|block| block.hash == keys[at].hash);
             if !same || !now.read(&weights, number, out) {
                 missing(ordinal)
