@@ -59,6 +59,7 @@ fn rewrite_graph(graph: &mut GraphProto, names: &mut Names) {
             "Swish" if default_domain && float(&node, "alpha").is_some_and(|alpha| alpha != 1.0) => {
                 swish(node, names, &mut nodes);
             }
+            "Einsum" if default_domain => sum_lonely_letters(node, names, &mut nodes),
             "ConstantOfShape" if default_domain && attribute(&node, "value").is_none() => {
                 // tract's default is a zero of float64.
                 node.attribute.push(value(1, &[1], 0f32.to_le_bytes().to_vec()));
@@ -167,6 +168,51 @@ fn celu(celu: NodeProto, names: &mut Names, nodes: &mut Vec<NodeProto>) {
     nodes.push(node("Div", &[&input, &alpha], scaled.clone()));
     nodes.push(node("Elu", &[&scaled], activated.clone()));
     nodes.push(node("Mul", &[&activated, &alpha], celu.output[0].clone()));
+}
+
+/// tract does not end compiling an Einsum of several operands in which a letter stands in one of them only and not in the
+/// output: it is summed before, by an Einsum of that operand alone.
+fn sum_lonely_letters(mut einsum: NodeProto, names: &mut Names, nodes: &mut Vec<NodeProto>) {
+    let equation = text(&einsum, "equation").unwrap_or("").replace(' ', "");
+    let operands = equation.split("->").next().unwrap_or("");
+    let mut terms: Vec<String> = operands.split(',').map(str::to_owned).collect();
+    // Without an arrow the output has the letters that stand once, so none is left out that stands in one operand.
+    if let (Some((_, output)), 2..) = (equation.split_once("->"), terms.len())
+        && terms.len() == einsum.input.len()
+    {
+        for (place, input) in einsum.input.iter_mut().enumerate() {
+            let others: String =
+                terms.iter().enumerate().filter(|(at, _)| *at != place).map(|(_, term)| &**term).collect();
+            let term = &terms[place];
+            // A letter that is repeated within the operand is a diagonal, which is taken on the way.
+            let lonely =
+                |letter: char| letter.is_ascii_alphabetic() && !others.contains(letter) && !output.contains(letter);
+            if !term.contains(lonely) {
+                continue;
+            }
+            let mut kept = String::new();
+            for letter in term.chars().filter(|letter| !lonely(*letter)) {
+                if letter == '.' || !kept.contains(letter) {
+                    kept.push(letter);
+                }
+            }
+            let mut sum = node("Einsum", &[input], names.fresh("summed"));
+            sum.attribute.push(AttributeProto {
+                name: "equation".into(),
+                r#type: AttributeType::String as i32,
+                s: format!("{term}->{kept}").into_bytes(),
+                ..AttributeProto::default()
+            });
+            input.clone_from(&sum.output[0]);
+            nodes.push(sum);
+            terms[place] = kept;
+        }
+        let equation = format!("{}->{output}", terms.join(","));
+        if let Some(attribute) = einsum.attribute.iter_mut().find(|attribute| attribute.name == "equation") {
+            attribute.s = equation.into_bytes();
+        }
+    }
+    nodes.push(einsum);
 }
 
 /// tract ignores alpha: x * Sigmoid(alpha * x).

@@ -263,3 +263,25 @@ fn a_constant_of_shape_is_float32() {
     );
     assert_eq!(one(graph, &[("x", f32s(&[3], &[1.; 3]))]), f32s(&[3], &[0.; 3]));
 }
+
+/// Compiling this did not end.
+#[test]
+fn a_letter_of_one_operand_that_the_output_lacks_is_summed() {
+    let weights: Vec<f32> = (0..5 * 3 * 2).map(|n| (n % 7) as f32 - 2.0).collect();
+    let x: Vec<f32> = (0..2 * 4 * 5).map(|n| (n % 5) as f32 * 0.5).collect();
+    let einsum = node("Einsum", &["x", "w"], &["y"]).text("equation", "bsd, dhe -> bse");
+    let made = graph(
+        vec![info("x", FLOAT, &[N("batch"), S(4), S(5)])],
+        vec![info("y", FLOAT, &[N("batch"), S(4), S(2)])],
+        vec![einsum],
+        vec![floats("w", &[5, 3, 2], &weights)],
+    );
+    let plan = compile(made).unwrap();
+    let y = run(&plan, &[("x", f32s(&[2, 4, 5], &x))]).unwrap()[0].1.to_f32().unwrap();
+    for (place, value) in y.iter().enumerate() {
+        let (row, e) = (place / 2, place % 2);
+        let sum = |d: usize| (0..3).map(|h| weights[(d * 3 + h) * 2 + e]).sum::<f32>();
+        let expected: f32 = (0..5).map(|d| x[row * 5 + d] * sum(d)).sum();
+        assert!((value - expected).abs() < 1e-4, "{value} is not {expected}");
+    }
+}
