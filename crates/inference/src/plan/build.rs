@@ -9,6 +9,7 @@ use super::blocks::{self, StoredConst};
 use super::names::Names;
 use super::passes;
 use super::prepare::Prepared;
+use super::rows::{self, Rows, Work};
 use super::{CompileOptions, Key};
 use crate::error::{ErrorKind, ModelError};
 use crate::signature::{Dim, Port, PortType, Signature};
@@ -53,6 +54,8 @@ pub(super) struct Compiled {
     pub general: Option<Runnable>,
     pub template: Option<Template>,
     pub doubt: Option<ModelError>,
+    pub rows: Rows,
+    pub work: Option<Work>,
 }
 
 /// Refuses to open files.
@@ -118,6 +121,7 @@ pub(super) fn compile(
     cancel: &AtomicBool,
 ) -> Result<Compiled, ModelError> {
     let Prepared { signature, model, constants, stored, .. } = prepared;
+    let operators = rows::operators(model.graph.as_ref());
     let parsed = parse(&model, constants, stored, &signature)?;
     drop(model);
     proceed(cancel)?;
@@ -128,13 +132,15 @@ pub(super) fn compile(
     if ranked {
         let dims = (0..signature.inputs.len()).map(|input| names.dims(&signature, input)).collect();
         let symbolic = super::contain("compiling the model with free dimensions", ErrorKind::InvalidModel, || {
-            let typed = typed(parsed.clone(), &signature, dims, &[], options, cancel)?;
+            let (mut rows, mut work) = (Rows::dependent(""), None);
+            let mut look = |typed: &TypedModel| (rows, work) = rows::analyse(typed, &signature, &names, &operators);
+            let typed = typed(parsed.clone(), &signature, dims, &[], &mut look, options, cancel)?;
             if free && wants_concrete_shapes(&typed) {
                 let template = Some(Template::Symbolic(typed, names.clone()));
-                return Ok(Compiled { general: None, template, doubt: None });
+                return Ok(Compiled { general: None, template, doubt: None, rows, work });
             }
             let general = Some(optimise(typed, names.clone(), vec![], options, cancel)?);
-            Ok(Compiled { general, template: None, doubt: None })
+            Ok(Compiled { general, template: None, doubt: None, rows, work })
         });
         match symbolic {
             Ok(mut compiled) => {
@@ -152,15 +158,19 @@ pub(super) fn compile(
     }
     // Concrete shapes, and if that does not do, concrete values of small inputs.
     let template = Template::Parsed(parsed, vec![]);
+    let rows = Rows::dependent("the graph is not known before the sizes of its inputs");
     if !ranked {
-        return Ok(Compiled { general: None, template: Some(template), doubt: None });
+        return Ok(Compiled { general: None, template: Some(template), doubt: None, rows, work: None });
     }
     let doubt = if free { probe(&template, &signature, options, cancel)? } else { failed };
     let Template::Parsed(parsed, _) = template else { return Err(ModelError::internal("the template has changed")) };
     let bound = if doubt.as_ref().is_some_and(wants_constants) { bindable(&signature) } else { vec![] };
     match doubt {
         Some(error) if bound.is_empty() && !free => Err(error),
-        doubt => Ok(Compiled { general: None, template: Some(Template::Parsed(parsed, bound)), doubt }),
+        doubt => {
+            let template = Some(Template::Parsed(parsed, bound));
+            Ok(Compiled { general: None, template, doubt, rows, work: None })
+        }
     }
 }
 
@@ -277,12 +287,14 @@ fn engine_type(port: &Port) -> Result<DatumType, ModelError> {
     }
 }
 
-/// The graph in tract's core operators for these input dimensions, the given inputs being constants.
+/// The graph in tract's core operators for these input dimensions, the given inputs being constants. `look` sees it before it
+/// is simplified.
 fn typed(
     mut model: InferenceModel,
     signature: &Signature,
     dims: Vec<Vec<TDim>>,
     constants: &[(usize, &HostTensor)],
+    look: &mut dyn FnMut(&TypedModel),
     options: &CompileOptions,
     cancel: &AtomicBool,
 ) -> Result<TypedModel, ModelError> {
@@ -303,6 +315,7 @@ fn typed(
     let mut typed = passes::into_typed(model).map_err(|error| failure("inferring types and shapes", &error))?;
     proceed(cancel)?;
     check_sizes(&typed, options)?;
+    look(&typed);
     super::repair::repair(&mut typed);
     // Before tract rewrites its own.
     super::conv::place(&mut typed).map_err(|error| failure("placing the convolutions", &error))?;
@@ -392,7 +405,7 @@ pub(super) fn specialise(
         Template::Parsed(model, bound) => {
             let constants: Vec<_> = bound.iter().copied().zip(&key.values).collect();
             let dims = shapes.iter().map(|shape| shape.iter().map(|&size| TDim::Val(size as i64)).collect()).collect();
-            typed(model.clone(), signature, dims, &constants, options, cancel)?
+            typed(model.clone(), signature, dims, &constants, &mut |_| {}, options, cancel)?
         }
     };
     proceed(cancel)?;

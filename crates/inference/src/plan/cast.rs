@@ -65,7 +65,7 @@ impl Expansion for OnnxCast {
 
 /// Numbers from their text.
 #[derive(Clone, Debug, Hash, PartialEq, Eq)]
-struct Parse {
+pub(super) struct Parse {
     to: DatumType,
 }
 

@@ -129,8 +129,9 @@ pub(super) fn operator(model: impl RowModel) -> Box<dyn InferenceOp> {
     expand(Rows(Arc::new(model)))
 }
 
+/// The operator of a row model.
 #[derive(Clone, Debug)]
-struct Rows(Arc<dyn RowModel>);
+pub(super) struct Rows(Arc<dyn RowModel>);
 
 impl PartialEq for Rows {
     fn eq(&self, other: &Rows) -> bool {

@@ -30,6 +30,7 @@ mod reduce;
 pub mod refusals;
 mod repair;
 mod rewrite;
+pub mod rows;
 mod run;
 mod runnable;
 mod spill;
@@ -45,6 +46,7 @@ use crate::tensor::HostTensor;
 use crate::weights::{self, BlockSource, StoredTensor};
 use crate::worker;
 use build::{Runnable, Template};
+use rows::{Rows, Work};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -99,6 +101,8 @@ pub struct Plan {
     weights: u64,
     memory: AtomicU64,
     doubt: Option<ModelError>,
+    rows: Rows,
+    work: Option<Work>,
 }
 
 impl Plan {
@@ -172,7 +176,7 @@ impl Plan {
         let signature = prepared.signature.clone();
         let mut stored: Vec<StoredTensor> = prepared.stored.values().cloned().collect();
         stored.sort_by_key(|tensor| tensor.ordinal);
-        let build::Compiled { general, template, doubt } = build::compile(prepared, &options, cancel)?;
+        let build::Compiled { general, template, doubt, rows, work } = build::compile(prepared, &options, cancel)?;
         let plan = Plan {
             signature,
             options,
@@ -183,6 +187,8 @@ impl Plan {
             weights,
             memory: AtomicU64::new(0),
             doubt,
+            rows,
+            work,
         };
         plan.count_memory(0);
         Ok(plan)
@@ -268,9 +274,17 @@ impl Plan {
         self.doubt.as_ref()
     }
 
-    /// Floating-point multiply-adds of one run for a batch of one, every other free dimension being 1: an estimate.
-    pub fn flops_per_row(&self) -> Option<u64> {
-        self.general.as_ref().map(|runnable| runnable.flops(1))
+    /// Whether rows may be stacked for one run, along which axes, and if not, why. The number of rows in a run is any:
+    /// a plan without one form for all shapes ([`is_general`](Plan::is_general)) compiles for each number anew.
+    pub fn rows(&self) -> &Rows {
+        &self.rows
+    }
+
+    /// Floating-point operations of one row, two for a multiply-add: an estimate from the products, convolutions,
+    /// recurrent layers, reductions and divisions. `other` is the size that free dimensions other than the rows' are taken
+    /// to have. None where the graph is not known before the sizes of its inputs.
+    pub fn flops_per_row(&self, other: u64) -> Option<f64> {
+        self.work.as_ref().map(|work| work.flops(other))
     }
 
     /// What a plan for these inputs is made for.

@@ -26,7 +26,7 @@ fn modulo(_: &ParsingContext, node: &NodeProto) -> Built {
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq)]
-struct Modulo;
+pub(super) struct Modulo;
 
 impl Expansion for Modulo {
     fn name(&self) -> StaticName {

@@ -30,7 +30,7 @@ type Built = TractResult<(Box<dyn InferenceOp>, Vec<String>)>;
 
 /// ONNX BitShift. tract's takes the amount modulo the width; ONNX shifts everything out.
 #[derive(Clone, Debug, Hash, PartialEq, Eq)]
-struct BitShift {
+pub(super) struct BitShift {
     left: bool,
 }
 

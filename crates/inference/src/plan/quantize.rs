@@ -24,13 +24,20 @@ fn linear(node: &NodeProto, quantize: bool) -> TractResult<(Box<dyn InferenceOp>
 /// `saturate(round_half_even(x / scale) + zero_point)`, or its inverse `(x - zero_point) * scale`. Scale and zero
 /// point are one number, or one for each index of the axis.
 #[derive(Clone, Debug, Hash, PartialEq, Eq)]
-struct Linear {
+pub(super) struct Linear {
     quantize: bool,
     axis: i64,
     zero_point: bool,
 }
 
 impl Linear {
+    /// The axis along which there are several scales, for inputs of these facts.
+    pub fn scaled_axis(&self, inputs: &[&TypedFact]) -> Option<usize> {
+        let rank = inputs[0].rank() as i64;
+        let axis = if self.axis < 0 { self.axis + rank } else { self.axis };
+        (!inputs[1].shape.volume().is_one()).then_some(axis as usize)
+    }
+
     fn inputs(&self) -> usize {
         2 + usize::from(self.zero_point)
     }

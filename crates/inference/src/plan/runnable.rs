@@ -186,16 +186,6 @@ impl Runnable {
     pub fn is_heavy(&self, shapes: &Shapes) -> bool {
         self.demand(shapes).map_or(true, |demand| demand.nanoseconds > HEAVY_NANOSECONDS)
     }
-
-    /// Multiply-adds of a run in which every free dimension has this size.
-    pub fn flops(&self, size: i64) -> u64 {
-        let mut symbols = SymbolValues::default();
-        for symbol in self.names.inputs.iter().flatten().flatten() {
-            symbols.set(symbol, size);
-        }
-        let counts = self.steps.iter().flat_map(|step| &step.work).map(|count| count.eval(&symbols).to_i64());
-        counts.filter_map(|count| u64::try_from(count.ok()?).ok()).fold(0, u64::saturating_add)
-    }
 }
 
 /// Bytes of a value: 0 where they depend on data, none where they do not fit.

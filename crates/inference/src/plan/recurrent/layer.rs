@@ -24,7 +24,7 @@ const SUMS: usize = if cfg!(test) { 2 * 3 * 192 } else { 4 << 20 };
 
 /// Which layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Kind {
+pub(in crate::plan) enum Kind {
     Lstm,
     Gru { linear_before_reset: bool },
 }
@@ -41,7 +41,7 @@ impl Kind {
 
 /// Weights of all directions: G H rows each.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Weights {
+pub(in crate::plan) enum Weights {
     /// Transposed, one direction after the other.
     Turned(Arc<Tensor>),
     Stored(StoredTensor),
@@ -58,7 +58,7 @@ impl Weights {
 
 /// The operator. Inputs: the sequence (T x B x I), then those that the fields name.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Layer {
+pub(in crate::plan) struct Layer {
     pub kind: Kind,
     pub directions: usize,
     /// H.

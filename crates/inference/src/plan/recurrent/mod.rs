@@ -7,7 +7,7 @@
 //! and one pass over the gates. Ours are float32 with time first, without peepholes and lengths; with other activations
 //! or clipping, [`refusals`](super::refusals) refuses the node.
 
-mod layer;
+pub(super) mod layer;
 
 use super::blocks::StoredConst;
 use super::rewrite::integer;

@@ -1,0 +1,1 @@
+//! Graphs whose rows look independent.
