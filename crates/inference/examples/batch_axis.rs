@@ -30,8 +30,8 @@ fn describe(path: &str) -> Result<String, Failure> {
     let plan = Plan::compile(&stripped.graph, &mut fetch, &CompileOptions::default())?;
     let time = begin.elapsed().as_secs_f64() * 1e3;
     let verdict = match plan.rows() {
-        Rows::Independent { inputs, outputs, dimension, others } => {
-            format!("independent along \"{dimension}\": inputs {inputs:?}, outputs {outputs:?}, others {others:?}")
+        Rows::Independent { inputs, outputs, dimension, others, every_size } => {
+            format!("independent along \"{dimension}\": inputs {inputs:?}, outputs {outputs:?}, others {others:?}{}", if *every_size { "" } else { ", at likely sizes" })
         }
         Rows::Dependent { reason } => format!("dependent: {reason}"),
     };

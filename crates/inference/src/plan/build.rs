@@ -10,7 +10,7 @@ use super::names::Names;
 use super::passes;
 use super::prepare::Prepared;
 use super::rows::{self, Rows, Work};
-use super::{CompileOptions, Key};
+use super::{CompileOptions, Key, Shapes};
 use crate::error::{ErrorKind, ModelError};
 use crate::signature::{Dim, Port, PortType, Signature};
 use crate::tensor::{HostTensor, engine_of_dtype};
@@ -132,9 +132,9 @@ pub(super) fn compile(
     if ranked {
         let dims = (0..signature.inputs.len()).map(|input| names.dims(&signature, input)).collect();
         let symbolic = super::contain("compiling the model with free dimensions", ErrorKind::InvalidModel, || {
-            let (mut rows, mut work) = (Rows::dependent(""), None);
-            let mut look = |typed: &TypedModel| (rows, work) = rows::analyse(typed, &signature, &names, &operators);
-            let typed = typed(parsed.clone(), &signature, dims, &[], &mut look, options, cancel)?;
+            let inferred = inferred(parsed.clone(), &signature, dims, &[], options, cancel)?;
+            let (rows, work) = rows::analyse(&inferred, &signature, &names, &operators);
+            let typed = simplified(inferred, options, cancel)?;
             if free && wants_concrete_shapes(&typed) {
                 let template = Some(Template::Symbolic(typed, names.clone()));
                 return Ok(Compiled { general: None, template, doubt: None, rows, work });
@@ -145,7 +145,7 @@ pub(super) fn compile(
         match symbolic {
             Ok(mut compiled) => {
                 if let Some(template) = &compiled.template {
-                    compiled.doubt = probe(template, &signature, options, cancel)?;
+                    compiled.doubt = probe(template, &signature, options, cancel)?.err();
                 }
                 return Ok(compiled);
             }
@@ -162,14 +162,23 @@ pub(super) fn compile(
     if !ranked {
         return Ok(Compiled { general: None, template: Some(template), doubt: None, rows, work: None });
     }
-    let doubt = if free { probe(&template, &signature, options, cancel)? } else { failed };
+    let probed = if free { Some(probe(&template, &signature, options, cancel)?) } else { None };
+    let (shapes, doubt) = match probed {
+        None => (None, failed),
+        Some(Ok(shapes)) => (Some(shapes), None),
+        Some(Err(error)) => (None, Some(error)),
+    };
     let Template::Parsed(parsed, _) = template else { return Err(ModelError::internal("the template has changed")) };
     let bound = if doubt.as_ref().is_some_and(wants_constants) { bindable(&signature) } else { vec![] };
     match doubt {
         Some(error) if bound.is_empty() && !free => Err(error),
         doubt => {
+            let (rows, work) = match shapes {
+                Some(shapes) => rows::at_sizes(&parsed, &signature, &operators, &shapes, options, cancel),
+                None => (rows, None),
+            };
             let template = Some(Template::Parsed(parsed, bound));
-            Ok(Compiled { general: None, template, doubt, rows, work: None })
+            Ok(Compiled { general: None, template, doubt, rows, work })
         }
     }
 }
@@ -195,13 +204,13 @@ fn bindable(signature: &Signature) -> Vec<usize> {
 }
 
 /// Compiles for some likely shapes, so that a graph that compiles for none is noticed when it is loaded and not when
-/// it is first used. Returns the first error if none did.
+/// it is first used. Returns the shapes that did, or the first error if none did.
 fn probe(
     template: &Template,
     signature: &Signature,
     options: &CompileOptions,
     cancel: &AtomicBool,
-) -> Result<Option<ModelError>, ModelError> {
+) -> Result<Result<Shapes, ModelError>, ModelError> {
     let mut errors: Vec<ModelError> = Vec::new();
     // Rows come first and are called a batch; a sequence comes last; pictures have the sizes of pictures.
     for (rows, other) in [(1, 1), (2, 8), (1, 32), (1, 64), (1, 224), (1, 512), (1, 576), (1, 16000)] {
@@ -221,10 +230,10 @@ fn probe(
                 specialise(template, signature, &key, options, cancel)
             });
             match made {
-                Ok(_) => return Ok(None),
+                Ok(_) => return Ok(Ok(key.shapes)),
                 Err(error) if matches!(error.kind, ErrorKind::Cancelled | ErrorKind::WantsInline) => return Err(error),
                 // Shapes that do not fit fail in many ways; a wish for constants is the one to hear.
-                Err(error) if wants_constants(&error) => return Ok(Some(error)),
+                Err(error) if wants_constants(&error) => return Ok(Err(error)),
                 Err(error) => errors.push(error),
             }
         }
@@ -234,7 +243,7 @@ fn probe(
     let only_rows_free =
         signature.inputs.iter().all(|port| port.shape.iter().skip(1).all(|dim| matches!(dim, Dim::Fixed(_))));
     let first = errors.swap_remove(0);
-    if only_rows_free || errors.iter().all(|error| *error == first) { Err(first) } else { Ok(Some(first)) }
+    if only_rows_free || errors.iter().all(|error| *error == first) { Err(first) } else { Ok(Err(first)) }
 }
 
 /// Parses the graph and gives it its tensors.
@@ -287,14 +296,12 @@ fn engine_type(port: &Port) -> Result<DatumType, ModelError> {
     }
 }
 
-/// The graph in tract's core operators for these input dimensions, the given inputs being constants. `look` sees it before it
-/// is simplified.
-fn typed(
+/// The graph in tract's core operators for these input dimensions, the given inputs being constants.
+pub(super) fn inferred(
     mut model: InferenceModel,
     signature: &Signature,
     dims: Vec<Vec<TDim>>,
     constants: &[(usize, &HostTensor)],
-    look: &mut dyn FnMut(&TypedModel),
     options: &CompileOptions,
     cancel: &AtomicBool,
 ) -> Result<TypedModel, ModelError> {
@@ -312,10 +319,14 @@ fn typed(
         !constants.iter().any(|(bound, _)| *bound == input - 1)
     });
     analyse(&mut model, constant_limit(options), cancel)?;
-    let mut typed = passes::into_typed(model).map_err(|error| failure("inferring types and shapes", &error))?;
+    let typed = passes::into_typed(model).map_err(|error| failure("inferring types and shapes", &error))?;
     proceed(cancel)?;
     check_sizes(&typed, options)?;
-    look(&typed);
+    Ok(typed)
+}
+
+/// The same graph with operators of our own, simplified.
+fn simplified(mut typed: TypedModel, options: &CompileOptions, cancel: &AtomicBool) -> Result<TypedModel, ModelError> {
     super::repair::repair(&mut typed);
     // Before tract rewrites its own.
     super::conv::place(&mut typed).map_err(|error| failure("placing the convolutions", &error))?;
@@ -405,7 +416,7 @@ pub(super) fn specialise(
         Template::Parsed(model, bound) => {
             let constants: Vec<_> = bound.iter().copied().zip(&key.values).collect();
             let dims = shapes.iter().map(|shape| shape.iter().map(|&size| TDim::Val(size as i64)).collect()).collect();
-            typed(model.clone(), signature, dims, &constants, &mut |_| {}, options, cancel)?
+            simplified(inferred(model.clone(), signature, dims, &constants, options, cancel)?, options, cancel)?
         }
     };
     proceed(cancel)?;

@@ -4,6 +4,7 @@
 //! stay symbolic; that conversion goes through 32 bits and loses what lies beyond. Here dimensions stay dimensions,
 //! and data become int64. [`ToDim`] does the same for the casts to dimensions that tract puts in by itself.
 
+use std::any::Any;
 use tract_onnx::model::ParsingContext;
 use tract_onnx::pb::{NodeProto, tensor_proto::DataType};
 use tract_onnx::tract_core::ops::cast::{Cast, cast};
@@ -16,18 +17,33 @@ pub(super) fn onnx_cast(_: &ParsingContext, node: &NodeProto) -> TractResult<(Bo
     let code = integer(node, "to").and_then(|code| i32::try_from(code).ok()).context("Cast without type")?;
     let to = DataType::try_from(code).ok().and_then(|to| DatumType::try_from(to).ok());
     let to = to.with_context(|| format!("Cast to type {code} is not supported"))?;
-    Ok((expand(OnnxCast { to }), vec![]))
+    Ok((expand(OnnxCast { to, keeps: false }), vec![]))
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq)]
 struct OnnxCast {
     to: DatumType,
+    /// Dimensions stay dimensions where int32 is asked for, too.
+    keeps: bool,
 }
 
 impl OnnxCast {
     /// What comes out for what goes in: dimensions stay dimensions when int64 is asked for.
     fn output(&self, from: DatumType) -> DatumType {
-        if self.to == DatumType::I64 && from == DatumType::TDim { DatumType::TDim } else { self.to }
+        let keeps = self.to == DatumType::I64 || (self.keeps && self.to == DatumType::I32);
+        if keeps && from == DatumType::TDim { DatumType::TDim } else { self.to }
+    }
+}
+
+/// Has shapes stay symbolic that are computed in int32. The numbers are the same as long as they fit; other operators may see
+/// another type than the graph says, so this is for following shapes, not for running.
+pub(super) fn keep_dimensions(model: &mut InferenceModel) {
+    for node in &mut model.nodes {
+        let op = node.op.as_op().downcast_ref::<Box<dyn Expansion>>();
+        let cast = op.and_then(|op| (&**op as &dyn Any).downcast_ref::<OnnxCast>());
+        if let Some(cast) = cast {
+            node.op = expand(OnnxCast { keeps: true, ..cast.clone() });
+        }
     }
 }
 

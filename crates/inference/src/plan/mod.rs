@@ -102,6 +102,8 @@ pub struct Plan {
     memory: AtomicU64,
     doubt: Option<ModelError>,
     rows: Rows,
+    /// Verdicts on sizes, for a plan whose own does not hold for all.
+    proven: Mutex<Vec<(Shapes, Rows)>>,
     work: Option<Work>,
 }
 
@@ -188,6 +190,7 @@ impl Plan {
             memory: AtomicU64::new(0),
             doubt,
             rows,
+            proven: Mutex::new(Vec::new()),
             work,
         };
         plan.count_memory(0);
@@ -280,6 +283,35 @@ impl Plan {
         &self.rows
     }
 
+    /// The verdict for inputs of these shapes, in the signature's order: that of [`rows`](Plan::rows), proven anew where it does not hold
+    /// for every size. The sizes along the axis of the rows do not matter. What was proven is kept; a proof takes about as long as
+    /// half a compilation, and belongs on the compute thread.
+    pub fn rows_at(&self, shapes: &[Vec<usize>], cancel: &AtomicBool) -> Rows {
+        let (Rows::Independent { inputs, every_size: false, .. }, Some(Template::Parsed(parsed, _))) =
+            (&self.rows, &self.template)
+        else {
+            return self.rows.clone();
+        };
+        let mut shapes = shapes.to_vec();
+        for (shape, &axis) in shapes.iter_mut().zip(inputs) {
+            if let Some(size) = shape.get_mut(axis) {
+                *size = 1;
+            }
+        }
+        let mut proven = self.proven.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, rows)) = proven.iter().find(|(held, _)| *held == shapes) {
+            return rows.clone();
+        }
+        let (rows, _) = rows::at_sizes(parsed, &self.signature, &Default::default(), &shapes, &self.options, cancel);
+        if !cancel.load(Ordering::Relaxed) {
+            if proven.len() >= PROVEN {
+                proven.remove(0);
+            }
+            proven.push((shapes, rows.clone()));
+        }
+        rows
+    }
+
     /// Floating-point operations of one row, two for a multiply-add: an estimate from the products, convolutions,
     /// recurrent layers, reductions and divisions. `other` is the size that free dimensions other than the rows' are taken
     /// to have. None where the graph is not known before the sizes of its inputs.
@@ -339,6 +371,9 @@ impl std::fmt::Debug for Plan {
         f.debug_struct("Plan").field("signature", &self.signature).finish_non_exhaustive()
     }
 }
+
+/// Sizes for which a plan keeps a verdict.
+const PROVEN: usize = 64;
 
 /// Bytes of a plan beside its tensors, roughly.
 const OVERHEAD: u64 = 256 << 10;

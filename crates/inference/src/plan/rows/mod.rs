@@ -29,9 +29,11 @@ mod work;
 mod tests;
 
 use super::names::Names;
+use super::{CompileOptions, ErrorKind, Shapes, build, cast};
 use crate::signature::{Dim, Signature};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
+use std::sync::atomic::AtomicBool;
 use tract_onnx::pb::GraphProto;
 use tract_onnx::tract_hir::internal::*;
 
@@ -52,6 +54,9 @@ pub enum Rows {
         dimension: String,
         /// The other free dimensions of the inputs, as (input, axis): they must be equal among the rows of a stack.
         others: Vec<(usize, usize)>,
+        /// False where this is proven for likely sizes of the other dimensions only, because the graph is not known before
+        /// them: [`Plan::rows_at`](super::Plan::rows_at) proves it for the sizes of a run.
+        every_size: bool,
     },
     /// Rows have to be run one by one.
     Dependent {
@@ -123,6 +128,60 @@ pub(super) fn analyse(
     (rows, Some(Work::of(model, names, None)))
 }
 
+/// The same for a graph that cannot be compiled with all its dimensions free: all but one have the sizes that they have in
+/// these shapes.
+pub(super) fn at_sizes(
+    parsed: &InferenceModel,
+    signature: &Signature,
+    operators: &Operators,
+    shapes: &Shapes,
+    options: &CompileOptions,
+    cancel: &AtomicBool,
+) -> (Rows, Option<Work>) {
+    let names = Names::new(signature, &parsed.symbols);
+    let mut obstacle: Option<Rows> = None;
+    // A second candidate is worth another compilation, a third is not.
+    for symbol in candidates(&names).into_iter().take(2) {
+        let mut only = names.clone();
+        for its in only.inputs.iter_mut().flatten().filter(|its| its.as_ref() != Some(&symbol)) {
+            *its = None;
+        }
+        let axes = match input_axes(&symbol, signature, &only) {
+            Ok(axes) => axes,
+            Err(reason) => {
+                obstacle.get_or_insert_with(|| Rows::dependent(reason));
+                continue;
+            }
+        };
+        let dim = |its: &Option<Symbol>, size: &usize| its.as_ref().map_or(size.to_dim(), |its| its.to_dim());
+        let dims = only.inputs.iter().zip(shapes).map(|(axes, shape)| axes.iter().zip(shape).map(|(a, b)| dim(a, b)).collect());
+        let dims = dims.collect();
+        let proven = super::contain("following the rows", ErrorKind::InvalidModel, || {
+            let mut parsed = parsed.clone();
+            cast::keep_dimensions(&mut parsed);
+            let model = build::inferred(parsed, signature, dims, &[], options, cancel)?;
+            let proven = walk::outputs(&model, &symbol, &axes, signature, operators);
+            Ok(proven.map(|outputs| (outputs, Work::of(&model, &only, Some(symbol.clone())))))
+        });
+        match proven {
+            Ok(Ok((outputs, work))) => {
+                let mut rows = independent(&symbol, axes, outputs, signature, &names);
+                if let Rows::Independent { others, every_size, .. } = &mut rows {
+                    *every_size = others.is_empty();
+                }
+                return (rows, Some(work));
+            }
+            Ok(Err(reason)) => obstacle = obstacle.or(Some(Rows::dependent(reason))),
+            Err(error) => {
+                let detail = error.detail.unwrap_or(error.message);
+                let reason = format!("the graph cannot be followed with a free number of rows: {detail}");
+                obstacle = obstacle.or(Some(Rows::dependent(reason)));
+            }
+        }
+    }
+    (obstacle.unwrap_or_else(|| Rows::dependent(fixed(signature))), None)
+}
+
 /// The free dimensions, leading axes first.
 fn candidates(names: &Names) -> Vec<Symbol> {
     let deepest = names.inputs.iter().map(Vec::len).max().unwrap_or(0);
@@ -171,7 +230,7 @@ fn independent(symbol: &Symbol, inputs: Vec<usize>, outputs: Vec<usize>, signatu
         axes.iter().enumerate().filter(|(_, its)| other(its)).map(move |(axis, _)| (input, axis))
     });
     let others = others.collect();
-    Rows::Independent { inputs, outputs, dimension: dimension_name(symbol, signature, names), others }
+    Rows::Independent { inputs, outputs, dimension: dimension_name(symbol, signature, names), others, every_size: true }
 }
 
 /// Why a model without free dimensions takes no more rows.

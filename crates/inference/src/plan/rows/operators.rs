@@ -11,7 +11,8 @@ use super::super::{cast, modulo, ops, quantize};
 use super::shapes::{axis_op, broadcast, has};
 use super::{Run, State};
 use tract_onnx::tract_core::ops::array::{
-    CumSum, DynSlice, Gather, GatherElements, GatherNd, MultiBroadcastTo, OneHot, Pad, Range, ScatterElements, Slice, Tile,
+    CumSum, DynSlice, Gather, GatherElements, GatherNd, MultiBroadcastTo, OneHot, Pad, Range, ScatterElements, Slice,
+    StridedSlice, Tile,
     Topk, Trilu, TypedConcat,
 };
 use tract_onnx::tract_core::ops::binary::TypedBinOp;
@@ -23,20 +24,11 @@ use tract_onnx::tract_core::ops::element_wise::ElementWiseOp;
 use tract_onnx::tract_core::ops::identity::Identity;
 use tract_onnx::tract_core::ops::konst::Const;
 use tract_onnx::tract_core::ops::logic::Iff;
-use tract_onnx::tract_core::ops::nn::{NearestUpsample, Reduce, Resize, RmsNorm, Softmax};
+use tract_onnx::tract_core::ops::nn::{NearestUpsample, Reduce, RmsNorm, Softmax};
 use tract_onnx::tract_hir::internal::*;
 
 /// Operators without a type to ask for that compute each element from those of the same place.
-const ELEMENTWISE: &[&str] = &[
-    "DirectLookup",
-    "GeluApproximate",
-    "GeluExact",
-    "OffsetI8asU8",
-    "OffsetU8asI8",
-    "ReverseLookup",
-    "Scale",
-    "Silu",
-];
+const ELEMENTWISE: &[&str] = &["DirectLookup", "ReverseLookup"];
 
 /// Says why rows do not stay apart.
 type Refused = String;
@@ -55,6 +47,9 @@ pub(super) fn rule(
         return Ok(vec![State::Free]);
     }
     if let Some(state) = resize(node, given, facts)? {
+        return Ok(vec![state]);
+    }
+    if let Some(state) = strided(symbol, node, given, facts)? {
         return Ok(vec![state]);
     }
     if given.contains(&State::Count) {
@@ -377,29 +372,85 @@ fn beside(axis: usize, given: &[State]) -> Result<State, Refused> {
     }
 }
 
-/// Resize, which leaves an axis alone whose size and scale stay the same. Its sizes may have the number of rows among them.
+/// Resize, of which tract has two, leaves an axis alone whose size and scale stay the same. Its sizes may have the number of
+/// rows among them.
 fn resize(node: &TypedNode, given: &[State], facts: &[&TypedFact]) -> Result<Option<State>, Refused> {
-    let Some(resize) = node.op_as::<Resize>() else { return Ok(None) };
+    if node.op.name() != "Resize" {
+        return Ok(None);
+    }
     let State::Rows(run) = &given[0] else {
         let free = given.iter().all(|state| *state == State::Free);
         return if free { Ok(Some(State::Free)) } else { Err("takes the number of rows as a value".into()) };
     };
     let rank = facts[0].rank();
-    let given_here = |input: Option<usize>| input.and_then(|input| facts.get(input)).filter(|fact| !is_empty(fact));
-    let kept = match (given_here(resize.optional_scales_input), given_here(resize.optional_sizes_input)) {
-        (Some(scales), _) => {
-            let scales = scales.konst.as_ref().and_then(|scales| scales.cast_to::<f32>().ok());
-            let scales = scales.as_ref().and_then(|scales| scales.try_as_plain_ram().ok());
-            let scales = scales.as_ref().and_then(|scales| scales.as_slice::<f32>().ok());
-            scales.is_some_and(|scales| scales.len() == rank && scales[run.axis] == 1.0)
+    let mut kept = false;
+    for fact in &facts[1..] {
+        let Some(values) = &fact.konst else { return Err("is resized by what is no constant".into()) };
+        match (values.len(), values.datum_type().is_float()) {
+            (0, _) => {}
+            // The output's shape was inferred from the sizes, and is compared with the rows by the caller.
+            (count, false) if count == rank => kept = true,
+            (count, true) if count == rank => {
+                let scales = values.cast_to::<f32>().ok();
+                let scales = scales.as_ref().and_then(|scales| scales.try_as_plain_ram().ok());
+                let scale = scales.as_ref().and_then(|scales| scales.as_slice::<f32>().ok()?.get(run.axis).copied());
+                kept |= scale == Some(1.0);
+            }
+            // A region to crop, or sizes of some axes.
+            _ => return Err("is not known to keep rows apart".into()),
         }
-        // The output's shape was inferred from the sizes, and is compared with the rows by the caller.
-        (None, Some(sizes)) => sizes.konst.as_ref().is_some_and(|sizes| sizes.len() == rank),
-        (None, None) => false,
-    };
-    if kept { Ok(Some(State::Rows(run.clone()))) } else { Err(format!("resizes axis {}, the rows", run.axis)) }
+    }
+    // A policy for the aspect ratio scales all axes alike.
+    let policy = format!("{:?}", node.op);
+    if !kept || policy.contains("NotLarger") || policy.contains("NotSmaller") {
+        return Err(format!("resizes axis {}, the rows", run.axis));
+    }
+    Ok(Some(State::Rows(run.clone())))
 }
 
-fn is_empty(fact: &TypedFact) -> bool {
-    fact.shape.volume() == TDim::Val(0)
+/// ONNX's Slice before it is one of tract's. The axis of the rows may be among its axes if it is left whole; its end may be the
+/// number of rows there.
+fn strided(symbol: &Symbol, node: &TypedNode, given: &[State], facts: &[&TypedFact]) -> Result<Option<State>, Refused> {
+    let Some(slice) = node.op_as::<StridedSlice>() else { return Ok(None) };
+    if slice.begin_mask != 0 || slice.end_mask != 0 || slice.shrink_axis_mask != 0 {
+        return Err("is not known to keep rows apart".into());
+    }
+    if given[1..].iter().any(|state| matches!(state, State::Rows(_))) {
+        return Err("has a parameter that depends on the rows".into());
+    }
+    // None for what is not a constant; all of it may be data then, but not of the rows.
+    let values = |input: usize| -> Option<Vec<TDim>> {
+        let tensor = facts.get(input)?.konst.as_ref()?.cast_to::<TDim>().ok()?;
+        Some(tensor.try_as_plain_ram().ok()?.as_slice::<TDim>().ok()?.to_vec())
+    };
+    let rank = facts[0].rank();
+    let axes: Vec<usize> = match slice.optional_axes_input {
+        None => (0..rank).collect(),
+        Some(input) => {
+            let axes = values(input).ok_or("has axes that are no constants")?;
+            let axis = |dim: &TDim| usize::try_from(dim.as_i64().map_or(-1, |at| if at < 0 { at + rank as i64 } else { at }));
+            axes.iter().map(axis).collect::<Result<_, _>>().map_err(|_| "has axes that are no constants")?
+        }
+    };
+    let own = match &given[0] {
+        State::Rows(run) => axes.iter().position(|&axis| axis == run.axis),
+        State::Free => None,
+        State::Count => return Err("takes the number of rows as a value".into()),
+    };
+    let counts = |input: usize| match (&given[input], values(input)) {
+        (State::Free, _) => false,
+        (_, Some(values)) => values.iter().enumerate().any(|(at, dim)| Some(at) != own && has(dim, symbol)),
+        (_, None) => true,
+    };
+    if (1..given.len()).any(counts) {
+        return Err("takes the number of rows as a value".into());
+    }
+    if let (Some(own), State::Rows(run)) = (own, &given[0]) {
+        let is = |input: usize, wanted: i64| values(input).is_some_and(|values| values.get(own) == Some(&TDim::Val(wanted)));
+        // From the first on, one by one: it is whole if its size is, which the caller looks at.
+        if !is(1, 0) || slice.optional_steps_input.is_some_and(|input| !is(input, 1)) {
+            return Err(format!("is taken over axis {}, the rows", run.axis));
+        }
+    }
+    Ok(Some(given[0].clone()))
 }
