@@ -159,6 +159,7 @@ pub(super) fn at_sizes(
         let proven = super::contain("following the rows", ErrorKind::InvalidModel, || {
             let mut parsed = parsed.clone();
             cast::keep_dimensions(&mut parsed);
+            shapes::leave_whole(&mut parsed).map_err(|error| build::failure("reading the slices", &error))?;
             let model = build::inferred(parsed, signature, dims, &[], options, cancel)?;
             let proven = walk::outputs(&model, &symbol, &axes, signature, operators);
             Ok(proven.map(|outputs| (outputs, Work::of(&model, &only, Some(symbol.clone())))))

@@ -1,6 +1,7 @@
 //! Shapes and the axis of rows: algebra of sizes, and the operators that change shapes.
 
 use super::{Run, State};
+use tract_onnx::tract_core::ops::array::StridedSlice;
 use tract_onnx::tract_hir::internal::*;
 
 /// True if the size depends on this free dimension.
@@ -25,6 +26,31 @@ fn over(dividend: &TDim, divisor: &TDim) -> Option<TDim> {
 
 fn product(dims: &[TDim]) -> TDim {
     dims.iter().fold(1.to_dim(), |product, dim| product * dim)
+}
+
+/// An end of a slice from which on exporters mean "to the end": more rows than a run can have.
+const BEHIND_ALL: i64 = 1_000_000_000;
+
+/// Slices that go to [`BEHIND_ALL`] get an end that tract knows to be none: with a free dimension it takes others as they are.
+pub(super) fn leave_whole(model: &mut InferenceModel) -> TractResult<()> {
+    for id in 0..model.nodes.len() {
+        if !model.nodes[id].op_is::<StridedSlice>() {
+            continue;
+        }
+        let Some(end) = model.outlet_fact(model.nodes[id].inputs[2])?.value.concretize() else { continue };
+        if !end.datum_type().is_integer() {
+            continue;
+        }
+        let mut ends = end.cast_to::<i64>()?.into_owned();
+        let mut plain = ends.try_as_plain_ram_mut()?;
+        let values = plain.as_slice_mut::<i64>()?;
+        if values.iter().any(|value| *value >= BEHIND_ALL) {
+            values.iter_mut().filter(|value| **value >= BEHIND_ALL).for_each(|value| *value = i64::MAX);
+            let constant = model.add_const(format!("{}.ends", model.nodes[id].name), ends.into_arc_tensor())?;
+            model.add_edge(constant, InletId::new(id, 2))?;
+        }
+    }
+    Ok(())
 }
 
 /// Where the rows are after an operator on axes.
