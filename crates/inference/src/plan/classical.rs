@@ -29,6 +29,8 @@ pub(super) trait RowModel: std::fmt::Debug + Send + Sync + 'static {
     fn check_width(&self, width: usize) -> TractResult<()>;
     /// The scores of one row, into `scores`; returns the place of its label in [`labels`](RowModel::labels).
     fn score(&self, row: &[f64], scores: &mut [f32]) -> usize;
+    /// Multiply-adds or comparisons of a row, about.
+    fn work(&self) -> usize;
     /// The labels; empty without a label output.
     fn labels(&self) -> &Labels;
 }
@@ -239,6 +241,12 @@ impl TypedOp for Rows {
         facts.push(f32::fact([rows, width.to_dim()]));
         Ok(facts)
     }
+
+    fn cost(&self, inputs: &[&TypedFact]) -> TractResult<TVec<(Cost, TDim)>> {
+        let shape = &inputs[0].shape;
+        let rows = if shape.rank() == 2 { shape[0].clone() } else { 1.to_dim() };
+        Ok(tvec!((Cost::FMA(f32::datum_type()), rows * self.0.work())))
+    }
 }
 
 /// ai.onnx.ml LinearClassifier: scores = coefficients x + intercepts.
@@ -309,6 +317,10 @@ impl RowModel for LinearClassifier {
         let chosen = largest(scores);
         self.post.apply(scores);
         chosen
+    }
+
+    fn work(&self) -> usize {
+        self.coefficients.len()
     }
 
     fn labels(&self) -> &Labels {

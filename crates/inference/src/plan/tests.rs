@@ -11,6 +11,7 @@ use tract_onnx::pb::*;
 mod layers;
 mod numbers;
 mod refused;
+mod rows;
 mod spilled;
 
 /// A dimension: a size, or a name.

@@ -176,6 +176,12 @@ impl Forest {
         }
     }
 
+    /// Comparisons of a row, were the trees balanced.
+    fn work(&self) -> usize {
+        let each = self.nodes.len() / self.roots.len().max(1);
+        self.roots.len() * (each.max(1).ilog2() as usize + 1)
+    }
+
     fn check_width(&self, width: usize) -> TractResult<()> {
         ensure!(width >= self.features, "the trees look at {} values a row, not {width}", self.features);
         Ok(())
@@ -254,6 +260,10 @@ impl RowModel for Regressor {
         }
         self.post.apply(scores);
         0
+    }
+
+    fn work(&self) -> usize {
+        self.forest.work()
     }
 
     fn labels(&self) -> &Labels {
@@ -365,6 +375,10 @@ impl RowModel for Classifier {
                 decide(score)
             }
         }
+    }
+
+    fn work(&self) -> usize {
+        self.forest.work()
     }
 
     fn labels(&self) -> &Labels {

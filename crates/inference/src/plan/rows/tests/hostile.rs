@@ -1,1 +1,0 @@
-//! Graphs whose rows look independent.
