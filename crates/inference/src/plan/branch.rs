@@ -109,6 +109,13 @@ impl Body {
     }
 }
 
+impl Branch {
+    /// Both branches.
+    pub fn bodies(&self) -> [&InferenceModel; 2] {
+        [&self.then_body.model, &self.else_body.model]
+    }
+}
+
 impl Op for Branch {
     fn name(&self) -> StaticName {
         "If".into()

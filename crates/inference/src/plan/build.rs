@@ -297,14 +297,26 @@ fn engine_type(port: &Port) -> Result<DatumType, ModelError> {
 }
 
 /// The graph in tract's core operators for these input dimensions, the given inputs being constants.
-pub(super) fn inferred(
-    mut model: InferenceModel,
+fn inferred(
+    model: InferenceModel,
     signature: &Signature,
     dims: Vec<Vec<TDim>>,
     constants: &[(usize, &HostTensor)],
     options: &CompileOptions,
     cancel: &AtomicBool,
 ) -> Result<TypedModel, ModelError> {
+    into_typed(with_facts(model, signature, dims, constants, options, cancel)?, options, cancel)
+}
+
+/// The graph with types and shapes.
+pub(super) fn with_facts(
+    mut model: InferenceModel,
+    signature: &Signature,
+    dims: Vec<Vec<TDim>>,
+    constants: &[(usize, &HostTensor)],
+    options: &CompileOptions,
+    cancel: &AtomicBool,
+) -> Result<InferenceModel, ModelError> {
     for (input, (port, dims)) in signature.inputs.iter().zip(dims).enumerate() {
         let fact = InferenceFact::dt_shape(engine_type(port)?, dims);
         model.set_input_fact(input, fact).map_err(|error| failure("declaring the inputs", &error))?;
@@ -319,6 +331,15 @@ pub(super) fn inferred(
         !constants.iter().any(|(bound, _)| *bound == input - 1)
     });
     analyse(&mut model, constant_limit(options), cancel)?;
+    Ok(model)
+}
+
+/// A graph with types and shapes in tract's core operators.
+pub(super) fn into_typed(
+    model: InferenceModel,
+    options: &CompileOptions,
+    cancel: &AtomicBool,
+) -> Result<TypedModel, ModelError> {
     let typed = passes::into_typed(model).map_err(|error| failure("inferring types and shapes", &error))?;
     proceed(cancel)?;
     check_sizes(&typed, options)?;

@@ -25,7 +25,6 @@ mod shapes;
 mod walk;
 mod work;
 
-
 use super::names::Names;
 use super::{CompileOptions, ErrorKind, Shapes, build, cast};
 use crate::signature::{Dim, Signature};
@@ -153,13 +152,23 @@ pub(super) fn at_sizes(
             }
         };
         let dim = |its: &Option<Symbol>, size: &usize| its.as_ref().map_or(size.to_dim(), |its| its.to_dim());
-        let dims = only.inputs.iter().zip(shapes).map(|(axes, shape)| axes.iter().zip(shape).map(|(a, b)| dim(a, b)).collect());
+        let dims = only
+            .inputs
+            .iter()
+            .zip(shapes)
+            .map(|(axes, shape)| axes.iter().zip(shape).map(|(a, b)| dim(a, b)).collect());
         let dims = dims.collect();
         let proven = super::contain("following the rows", ErrorKind::InvalidModel, || {
             let mut parsed = parsed.clone();
             cast::keep_dimensions(&mut parsed);
             shapes::leave_whole(&mut parsed).map_err(|error| build::failure("reading the slices", &error))?;
-            let model = build::inferred(parsed, signature, dims, &[], options, cancel)?;
+            let model = build::with_facts(parsed, signature, dims, &[], options, cancel)?;
+            // Such a comparison is taken to be the same for all sizes where it is for some. The graph of another
+            // number of rows may be another one.
+            if let Some(node) = shapes::comparison(&model, &symbol) {
+                return Ok(Err(format!("node \"{node}\" compares the number of rows")));
+            }
+            let model = build::into_typed(model, options, cancel)?;
             let proven = walk::outputs(&model, &symbol, &axes, signature, operators);
             Ok(proven.map(|outputs| (outputs, Work::of(&model, &only, Some(symbol.clone())))))
         });

@@ -12,8 +12,7 @@ use super::shapes::{axis_op, broadcast, has};
 use super::{Run, State};
 use tract_onnx::tract_core::ops::array::{
     CumSum, DynSlice, Gather, GatherElements, GatherNd, MultiBroadcastTo, OneHot, Pad, Range, ScatterElements, Slice,
-    StridedSlice, Tile,
-    Topk, Trilu, TypedConcat,
+    StridedSlice, Tile, Topk, Trilu, TypedConcat,
 };
 use tract_onnx::tract_core::ops::binary::TypedBinOp;
 use tract_onnx::tract_core::ops::cast::Cast;
@@ -428,7 +427,8 @@ fn strided(symbol: &Symbol, node: &TypedNode, given: &[State], facts: &[&TypedFa
         None => (0..rank).collect(),
         Some(input) => {
             let axes = values(input).ok_or("has axes that are no constants")?;
-            let axis = |dim: &TDim| usize::try_from(dim.as_i64().map_or(-1, |at| if at < 0 { at + rank as i64 } else { at }));
+            let axis =
+                |dim: &TDim| usize::try_from(dim.as_i64().map_or(-1, |at| if at < 0 { at + rank as i64 } else { at }));
             axes.iter().map(axis).collect::<Result<_, _>>().map_err(|_| "has axes that are no constants")?
         }
     };
@@ -446,7 +446,8 @@ fn strided(symbol: &Symbol, node: &TypedNode, given: &[State], facts: &[&TypedFa
         return Err("takes the number of rows as a value".into());
     }
     if let (Some(own), State::Rows(run)) = (own, &given[0]) {
-        let is = |input: usize, wanted: i64| values(input).is_some_and(|values| values.get(own) == Some(&TDim::Val(wanted)));
+        let is =
+            |input: usize, wanted: i64| values(input).is_some_and(|values| values.get(own) == Some(&TDim::Val(wanted)));
         // From the first on, one by one: it is whole if its size is, which the caller looks at.
         if !is(1, 0) || slice.optional_steps_input.is_some_and(|input| !is(input, 1)) {
             return Err(format!("is taken over axis {}, the rows", run.axis));

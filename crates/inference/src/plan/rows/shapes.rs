@@ -1,5 +1,6 @@
 //! Shapes and the axis of rows: algebra of sizes, and the operators that change shapes.
 
+use super::super::branch::Branch;
 use super::{Run, State};
 use tract_onnx::tract_core::ops::array::StridedSlice;
 use tract_onnx::tract_hir::internal::*;
@@ -26,6 +27,23 @@ fn over(dividend: &TDim, divisor: &TDim) -> Option<TDim> {
 
 fn product(dims: &[TDim]) -> TDim {
     dims.iter().fold(1.to_dim(), |product, dim| product * dim)
+}
+
+/// A node that computes a truth value from the size of this free dimension, in bodies of branches too.
+pub(super) fn comparison(model: &InferenceModel, symbol: &Symbol) -> Option<String> {
+    let of_rows = |outlet: &OutletId| {
+        let Some(value) = model.outlet_fact(*outlet).ok().and_then(|fact| fact.value.concretize()) else {
+            return false;
+        };
+        let Ok(view) = value.try_as_plain_ram() else { return false };
+        view.as_slice::<TDim>().is_ok_and(|dims| dims.iter().any(|dim| has(dim, symbol)))
+    };
+    model.nodes.iter().find_map(|node| {
+        let bodies = node.op.as_op().downcast_ref::<Branch>().into_iter().flat_map(Branch::bodies);
+        let inside = bodies.into_iter().find_map(|body| comparison(body, symbol));
+        let truth = node.outputs.iter().any(|outlet| outlet.fact.datum_type.concretize() == Some(DatumType::Bool));
+        inside.or_else(|| (truth && node.inputs.iter().any(of_rows)).then(|| node.name.clone()))
+    })
 }
 
 /// An end of a slice from which on exporters mean "to the end": more rows than a run can have.
@@ -115,11 +133,13 @@ mod tests {
         let scope = SymbolScope::default();
         let (rows, steps) = (scope.sym("n"), scope.sym("t"));
         let (n, t) = (rows.to_dim(), steps.to_dim());
-        let go = |from: &[TDim], to: &[TDim], run: Run| {
-            match axis_op(&AxisOp::Reshape(0, from.into(), to.into()), &run, &rows) {
-                Ok(State::Rows(run)) => Some(run),
-                _ => None,
-            }
+        let go = |from: &[TDim], to: &[TDim], run: Run| match axis_op(
+            &AxisOp::Reshape(0, from.into(), to.into()),
+            &run,
+            &rows,
+        ) {
+            Ok(State::Rows(run)) => Some(run),
+            _ => None,
         };
         let four = 4.to_dim();
         // (n, t, 4) to (n t, 4), and back with the 4 before the rows' end.

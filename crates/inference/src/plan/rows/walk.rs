@@ -49,9 +49,8 @@ impl Walk<'_> {
         }
         let mut states: HashMap<OutletId, State> = model.inputs.iter().copied().zip(inputs).collect();
         for (outlet, state) in &states {
-            self.check(state, model.outlet_fact(*outlet).map_err(misread)?).map_err(|why| {
-                format!("input \"{}\" {why}", model.nodes[outlet.node].name)
-            })?;
+            self.check(state, model.outlet_fact(*outlet).map_err(misread)?)
+                .map_err(|why| format!("input \"{}\" {why}", model.nodes[outlet.node].name))?;
         }
         for id in model.eval_order().map_err(misread)? {
             let node = &model.nodes[id];

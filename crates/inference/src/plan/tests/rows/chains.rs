@@ -24,8 +24,17 @@ fn link(random: &mut Random, from: &str, to: &str, graph: &mut GraphProto) -> No
             node("Transpose", &[from], &[to]).ints("perm", perms[random.below(5)])
         }
         8 | 9 => {
-            let shapes: [&[i64]; 9] =
-                [&[-1, 2, 4], &[0, -1], &[-1, 4], &[-1, 2], &[2, -1, 4], &[0, 2, -1], &[-1, 8], &[4, -1, 2], &[-1, 1, 8]];
+            let shapes: [&[i64]; 9] = [
+                &[-1, 2, 4],
+                &[0, -1],
+                &[-1, 4],
+                &[-1, 2],
+                &[2, -1, 4],
+                &[0, 2, -1],
+                &[-1, 8],
+                &[4, -1, 2],
+                &[-1, 1, 8],
+            ];
             node("Reshape", &[from, &constant(shapes[random.below(9)], false)], &[to])
         }
         10 => node("Gather", &[from, &constant(&[0, 1], random.below(2) == 2)], &[to]).int("axis", axis),

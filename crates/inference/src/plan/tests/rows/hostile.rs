@@ -4,13 +4,25 @@ use super::*;
 
 #[test]
 fn what_is_taken_over_the_rows() {
-    dependent("softmax", of_rows(vec![node("Softmax", &["x"], &["y"]).int("axis", 0)], vec![]), "is taken over axis 0, the rows");
+    dependent(
+        "softmax",
+        of_rows(vec![node("Softmax", &["x"], &["y"]).int("axis", 0)], vec![]),
+        "is taken over axis 0, the rows",
+    );
     let named = NodeProto { name: "sm".into(), ..node("Softmax", &["x"], &["y"]).int("axis", -2) };
     dependent("negative axis", of_rows(vec![named], vec![]), "Softmax \"sm\" is taken over axis 0, the rows");
-    dependent("log softmax", of_rows(vec![node("LogSoftmax", &["x"], &["y"]).int("axis", 0)], vec![]), "axis 0, the rows");
+    dependent(
+        "log softmax",
+        of_rows(vec![node("LogSoftmax", &["x"], &["y"]).int("axis", 0)], vec![]),
+        "axis 0, the rows",
+    );
     let mean = || node("ReduceMean", &["x"], &["m"]).ints("axes", &[0]);
     dependent("mean", of_rows(vec![mean(), node("Sub", &["x", "m"], &["y"])], vec![]), "ReduceMean \"m\"");
-    dependent("maximum", of_rows(vec![node("ReduceMax", &["x"], &["y"]).ints("axes", &[0])], vec![]), "ReduceMax \"y\"");
+    dependent(
+        "maximum",
+        of_rows(vec![node("ReduceMax", &["x"], &["y"]).ints("axes", &[0])], vec![]),
+        "ReduceMax \"y\"",
+    );
     let all = || node("ReduceSum", &["x"], &["s"]);
     dependent("sum of all", of_rows(vec![all(), node("Div", &["x", "s"], &["y"])], vec![]), "ReduceSum \"s\"");
     let axis = || ints("axis", &[], &[0]);
@@ -52,15 +64,32 @@ fn rows_that_meet_each_other() {
     dependent("sum by Einsum", of_rows(vec![total, node("Sub", &["x", "s"], &["y"])], vec![]), "sums over the rows");
     let first = || ints("first", &[1], &[0]);
     let gather = || node("Gather", &["x", "first"], &["g"]).int("axis", 0);
-    dependent("x minus the first", of_rows(vec![gather(), node("Sub", &["x", "g"], &["y"])], vec![first()]), "Gather \"g\"");
-    dependent("beside itself", of_rows(vec![node("Concat", &["x", "x"], &["y"]).int("axis", 0)], vec![]), "Concat \"y\"");
+    dependent(
+        "x minus the first",
+        of_rows(vec![gather(), node("Sub", &["x", "g"], &["y"])], vec![first()]),
+        "Gather \"g\"",
+    );
+    dependent(
+        "beside itself",
+        of_rows(vec![node("Concat", &["x", "x"], &["y"]).int("axis", 0)], vec![]),
+        "Concat \"y\"",
+    );
     let below = node("Concat", &["x", "c"], &["y"]).int("axis", 0);
     dependent("a constant below", of_rows(vec![below], vec![floats("c", &[1, 4], &[0.; 4])]), "Concat \"y\"");
     let slice = || vec![ints("from", &[1], &[1]), ints("to", &[1], &[i64::MAX]), ints("axis", &[1], &[0])];
-    dependent("without the first", of_rows(vec![node("Slice", &["x", "from", "to", "axis"], &["y"])], slice()), "Slice");
-    let back = vec![ints("from", &[1], &[-1]), ints("to", &[1], &[i64::MIN]), ints("axis", &[1], &[0]), ints("step", &[1], &[-1])];
+    dependent(
+        "without the first",
+        of_rows(vec![node("Slice", &["x", "from", "to", "axis"], &["y"])], slice()),
+        "Slice",
+    );
+    let back = vec![
+        ints("from", &[1], &[-1]),
+        ints("to", &[1], &[i64::MIN]),
+        ints("axis", &[1], &[0]),
+        ints("step", &[1], &[-1]),
+    ];
     let backwards = node("Slice", &["x", "from", "to", "axis", "step"], &["y"]);
-    dependent("backwards", of_rows(vec![backwards], back), "Slice");
+    dependent("backwards", of_rows(vec![backwards], back), "");
     let pads = ints("pads", &[4], &[1, 0, 0, 0]);
     dependent("padded", of_rows(vec![node("Pad", &["x", "pads"], &["y"])], vec![pads]), "Pad \"y\"");
     let twice = ints("twice", &[2], &[2, 1]);
@@ -76,15 +105,31 @@ fn rows_that_meet_each_other() {
 
 #[test]
 fn the_number_of_rows_as_data() {
-    let size = || vec![node("Shape", &["x"], &["s"]), node("Gather", &["s", "first"], &["r"]).int("axis", 0), cast("r", "f")];
+    let size =
+        || vec![node("Shape", &["x"], &["s"]), node("Gather", &["s", "first"], &["r"]).int("axis", 0), cast("r", "f")];
     let first = || vec![ints("first", &[], &[0]), ints("zero", &[], &[0]), ints("one", &[], &[1])];
     let with = |more: Vec<NodeProto>| of_rows(size().into_iter().chain(more).collect(), first());
     dependent("divided", with(vec![node("Div", &["x", "f"], &["y"])]), "takes the number of rows as a value");
-    let number = vec![node("Range", &["zero", "r", "one"], &["i"]), cast("i", "j"),
-        node("Unsqueeze", &["j", "one_"], &["k"]), node("Add", &["x", "k"], &["y"])];
+    let number = vec![
+        node("Range", &["zero", "r", "one"], &["i"]),
+        cast("i", "j"),
+        node("Unsqueeze", &["j", "one_"], &["k"]),
+        node("Add", &["x", "k"], &["y"]),
+    ];
     let mut numbered = with(number);
     numbered.initializer.push(ints("one_", &[1], &[1]));
     dependent("numbered", numbered, "Range \"i\" takes the number of rows as a value");
+    // The same for all sizes but one.
+    let five = vec![
+        node("Equal", &["r", "five"], &["e"]),
+        cast("e", "g"),
+        node("ReduceSum", &["x"], &["t"]),
+        node("Mul", &["t", "g"], &["m"]),
+        node("Add", &["x", "m"], &["y"]),
+    ];
+    let mut five = with(five);
+    five.initializer.push(ints("five", &[], &[5]));
+    dependent("if there are five", five, "");
     let count = node("Size", &["x"], &["c"]);
     dependent("counted", of_rows(vec![count, cast("c", "f"), node("Mul", &["x", "f"], &["y"])], vec![]), "");
 }
@@ -111,10 +156,8 @@ fn shapes_that_cut_rows_anew() {
         node("Reshape", &["s", "whole"], &["y"]),
     ];
     dependent("halves that mix", of_rows(halves, sizes()), "Softmax \"s\"");
-    let turned = vec![
-        node("Transpose", &["x"], &["t"]).ints("perm", &[1, 0]),
-        node("Reshape", &["t", "whole"], &["y"]),
-    ];
+    let turned =
+        vec![node("Transpose", &["x"], &["t"]).ints("perm", &[1, 0]), node("Reshape", &["t", "whole"], &["y"])];
     dependent("turned and cut", of_rows(turned, sizes()), "mixes rows");
 }
 
@@ -129,7 +172,11 @@ fn what_is_not_the_same_for_one_row() {
     dependent("random", of_rows(drawn, vec![]), "draws random numbers");
     let chosen = vec![node("NonZero", &["x"], &["i"]), cast("i", "y")];
     dependent("non-zero", of_rows(chosen, vec![]), "NonZero");
-    dependent("a constant", of_rows(vec![node("Identity", &["c"], &["y"])], vec![floats("c", &[4], &[1.; 4])]), "does not depend on the rows");
+    dependent(
+        "a constant",
+        of_rows(vec![node("Identity", &["c"], &["y"])], vec![floats("c", &[4], &[1.; 4])]),
+        "does not depend on the rows",
+    );
 }
 
 #[test]
@@ -141,6 +188,10 @@ fn inputs_without_rows() {
     dependent("shared", two(&[N("n"), S(4)], &[S(4)]), "input \"z\" has no free dimension \"n\"");
     dependent("another dimension", two(&[N("n"), S(4)], &[S(1), N("m")]), "input \"z\" has no free dimension \"n\"");
     dependent("always one", two(&[S(1), S(4)], &[S(1), S(4)]), "dimension 0 of input \"x\" is always 1");
-    dependent("twice", of(&[N("n"), N("n")], vec![node("Relu", &["x"], &["y"])], vec![]), "has one free dimension twice");
+    dependent(
+        "twice",
+        of(&[N("n"), N("n")], vec![node("Relu", &["x"], &["y"])], vec![]),
+        "has one free dimension twice",
+    );
     independent("both", two(&[N("n"), S(4)], &[N("n"), S(4)]), &[0, 0], &[0]);
 }

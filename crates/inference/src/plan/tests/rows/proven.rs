@@ -18,7 +18,8 @@ fn layers() {
         node("Softmax", &["r"], &["y"]).int("axis", -1),
     ];
     independent("dense", of_rows(dense, vec![weights("w", &[5, 4]), weights("b", &[5])]), &[0], &[0]);
-    let turned = vec![node("Transpose", &["x"], &["t"]), node("Mul", &["t", "c"], &["m"]), node("Transpose", &["m"], &["y"])];
+    let turned =
+        vec![node("Transpose", &["x"], &["t"]), node("Mul", &["t", "c"], &["m"]), node("Transpose", &["m"], &["y"])];
     independent("turned twice", of_rows(turned, vec![weights("c", &[4, 1])]), &[0], &[0]);
     let once = vec![node("Transpose", &["x"], &["t"]), node("Add", &["t", "c"], &["y"])];
     independent("turned", of_rows(once, vec![weights("c", &[4, 1])]), &[0], &[1]);
@@ -109,9 +110,7 @@ fn attention() {
 #[test]
 fn sequences_and_embeddings() {
     for (operator, gates) in [("LSTM", 4), ("GRU", 3), ("RNN", 1)] {
-        let recurrent = vec![
-            node(operator, &["x", "w", "r", "", "", "h"], &["sequence", "y"]).int("hidden_size", 3),
-        ];
+        let recurrent = vec![node(operator, &["x", "w", "r", "", "", "h"], &["sequence", "y"]).int("hidden_size", 3)];
         let made = graph(
             vec![info("x", FLOAT, &[N("time"), N("batch"), S(4)]), info("h", FLOAT, &[S(1), N("batch"), S(3)])],
             vec![info("sequence", FLOAT, &[]), info("y", FLOAT, &[])],
