@@ -7,6 +7,7 @@ use crate::plan::rows::Rows;
 mod chains;
 mod hostile;
 mod proven;
+mod sizes;
 
 /// Rows of a stack.
 const ROWS: usize = 5;
