@@ -2,7 +2,8 @@
 //!
 //! Responsible for: everything between a stored graph and the numbers that it computes. [`Plan::compile`] checks the
 //! graph ([`refusals`]), gives it its tensors ([`prepare`]), and lets tract compile it ([`build`]); [`Plan::run`]
-//! checks inputs, binds free dimensions and executes node by node ([`run`]).
+//! checks inputs, binds free dimensions and executes node by node ([`run`]). [`Plan::rows`] says whether many rows may be
+//! given to one run ([`rows`]).
 //!
 //! Invariants:
 //! - a model is data of a stranger: whatever it contains, compiling and running end with a result or a

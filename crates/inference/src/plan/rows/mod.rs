@@ -121,6 +121,16 @@ pub(super) fn analyse(
             }
         }
     }
+    if let Some((symbol, joined, others)) = leading(names)
+        && let Ok(model) = model.set_symbols(&others.into_iter().map(|other| (other, symbol.to_dim())).collect())
+    {
+        if let Ok(axes) = input_axes(&symbol, signature, &joined)
+            && let Ok(outputs) = walk::outputs(&model, &symbol, &axes, signature, operators)
+        {
+            let rows = independent(&symbol, axes, outputs, signature, &joined);
+            return (rows, Some(Work::of(&model, &joined, Some(symbol))));
+        }
+    }
     let rows = first.or(shared).unwrap_or_else(|| Rows::dependent(fixed(signature)));
     // Rows run one by one: what leads is likely to count them.
     (rows, Some(Work::of(model, names, candidates(names).into_iter().next())))
@@ -138,8 +148,10 @@ pub(super) fn at_sizes(
 ) -> (Rows, Option<Work>) {
     let names = Names::new(signature, &parsed.symbols);
     let mut obstacle: Option<Rows> = None;
+    let joined = leading(&names).map(|(symbol, joined, _)| (symbol, joined));
     // A second candidate is worth another compilation, a third is not.
-    for symbol in candidates(&names).into_iter().take(2) {
+    let single = candidates(&names).into_iter().take(2).map(|symbol| (symbol, names.clone()));
+    for (symbol, names) in joined.into_iter().chain(single) {
         let mut only = names.clone();
         for its in only.inputs.iter_mut().flatten().filter(|its| its.as_ref() != Some(&symbol)) {
             *its = None;
@@ -203,6 +215,24 @@ fn candidates(names: &Names) -> Vec<Symbol> {
         }
     }
     found
+}
+
+/// Leading dimensions that are free but not one and the same, as exports of data frames have them: rows are stacked along all. Returns
+/// the first's symbol, the dimensions with it in the place of the others, and the others.
+fn leading(names: &Names) -> Option<(Symbol, Names, Vec<Symbol>)> {
+    let first = names.inputs.first()?.first()?.clone()?;
+    let mut joined = names.clone();
+    let mut others = Vec::new();
+    for axes in &names.inputs {
+        let symbol = axes.first()?.clone()?;
+        if symbol != first && !others.contains(&symbol) {
+            others.push(symbol);
+        }
+    }
+    for symbol in joined.inputs.iter_mut().flatten().flatten().filter(|symbol| others.contains(symbol)) {
+        *symbol = first.clone();
+    }
+    (!others.is_empty()).then_some((first, joined, others))
 }
 
 /// By input, the one axis that has this symbol.

@@ -186,7 +186,7 @@ fn inputs_without_rows() {
         graph(vec![info("x", FLOAT, left), info("z", FLOAT, right)], vec![info("y", FLOAT, &[])], add(), vec![])
     };
     dependent("shared", two(&[N("n"), S(4)], &[S(4)]), "input \"z\" has no free dimension \"n\"");
-    dependent("another dimension", two(&[N("n"), S(4)], &[S(1), N("m")]), "input \"z\" has no free dimension \"n\"");
+    dependent("another axis", two(&[N("n"), S(4)], &[S(1), N("m")]), "input \"z\" has no free dimension \"n\"");
     dependent("always one", two(&[S(1), S(4)], &[S(1), S(4)]), "dimension 0 of input \"x\" is always 1");
     dependent(
         "twice",

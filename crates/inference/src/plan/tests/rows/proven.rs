@@ -165,11 +165,24 @@ fn columns_and_shapes() {
     let filled = vec![
         node("Shape", &["x"], &["s"]),
         node("ConstantOfShape", &["s"], &["z"]),
-        node("Where", &["positive", "x", "z"], &["y"]),
         node("Greater", &["x", "zero"], &["positive"]),
+        node("Where", &["positive", "x", "z"], &["y"]),
     ];
-    let order = [0, 1, 3, 2].map(|at| filled[at].clone()).to_vec();
-    independent("filled", of_rows(order, vec![floats("zero", &[], &[0.])]), &[0], &[0]);
+    independent("filled", of_rows(filled, vec![floats("zero", &[], &[0.])]), &[0], &[0]);
+    let columns = |ranks: [&'static str; 2], operator: NodeProto| {
+        let column = |name: &str, rank| info(name, FLOAT, &[N(rank), S(2)]);
+        let inputs = vec![column("a", ranks[0]), column("b", ranks[1])];
+        graph(inputs, vec![info("y", FLOAT, &[])], vec![operator], vec![])
+    };
+    // Each column has a dimension of its own, as exports of data frames have.
+    independent(
+        "columns of a frame",
+        columns(["n", "m"], node("Concat", &["a", "b"], &["y"]).int("axis", 1)),
+        &[0, 0],
+        &[0],
+    );
+    let two = node("Einsum", &["a", "b"], &["y"]).text("equation", "nc,mc->nm");
+    dependent("all pairs", columns(["n", "m"], two), "");
     let top = vec![node("TopK", &["x", "two"], &["y", "places"]), node("Cast", &["places"], &["p"]).int("to", 1)];
     let mut made = of_rows(top, vec![to("two", &[2])]);
     made.output.push(info("p", FLOAT, &[]));
