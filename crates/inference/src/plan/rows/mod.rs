@@ -123,13 +123,11 @@ pub(super) fn analyse(
     }
     if let Some((symbol, joined, others)) = leading(names)
         && let Ok(model) = model.set_symbols(&others.into_iter().map(|other| (other, symbol.to_dim())).collect())
+        && let Ok(axes) = input_axes(&symbol, signature, &joined)
+        && let Ok(outputs) = walk::outputs(&model, &symbol, &axes, signature, operators)
     {
-        if let Ok(axes) = input_axes(&symbol, signature, &joined)
-            && let Ok(outputs) = walk::outputs(&model, &symbol, &axes, signature, operators)
-        {
-            let rows = independent(&symbol, axes, outputs, signature, &joined);
-            return (rows, Some(Work::of(&model, &joined, Some(symbol))));
-        }
+        let rows = independent(&symbol, axes, outputs, signature, &joined);
+        return (rows, Some(Work::of(&model, &joined, Some(symbol))));
     }
     let rows = first.or(shared).unwrap_or_else(|| Rows::dependent(fixed(signature)));
     // Rows run one by one: what leads is likely to count them.
