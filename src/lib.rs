@@ -9,6 +9,8 @@ mod cache;
 mod catalog;
 mod functions;
 mod pg;
+mod planner;
+mod serving;
 mod store;
 mod table_am;
 
@@ -19,7 +21,8 @@ mod table_am;
 pub extern "C-unwind" fn _PG_init() {
     pg::snapshot::init();
     cache::init();
-    functions::settings::init();
+    serving::settings::init();
+    planner::init();
 }
 
 extension_sql_file!("../sql/block_type.sql", name = "block_type", bootstrap);

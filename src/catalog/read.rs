@@ -99,6 +99,20 @@ pub fn resolve(spec: &ModelSpec<'_>) -> VersionRow {
     })
 }
 
+/// The model and version that a name means, without a look at privileges; `None` if there is no such version, or the extension is
+/// not there.
+pub fn version_number(spec: &str) -> Option<(String, i32)> {
+    let (name, version) = match spec.split_once('@') {
+        Some((name, version)) => (name, Some(version.parse().ok()?)),
+        None => (spec, None),
+    };
+    let index = relation_oid(SCHEMA, c"model_name_key")?;
+    let active = by_index(relation_oid(SCHEMA, c"model")?, index, &[Key::Text(name)], |row| {
+        ControlFlow::Break(row.get::<i32>(3))
+    })?;
+    Some((name.to_owned(), version.or(active)?))
+}
+
 /// The signature of a stored version with this content, whosever it is; `None` if there is none that the snapshot sees.
 pub fn signature_of_content(content_hash: &[u8; 32]) -> Option<serde_json::Value> {
     let index = relation_oid(SCHEMA, c"model_version_content")?;

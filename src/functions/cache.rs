@@ -120,7 +120,7 @@ fn release_model(call: &Call) -> pg_sys::Datum {
 /// `warm_model(name)`: loads the model's blocks into the cache, as far as there is room; how many of them were put there or
 /// found there.
 fn warm_model(call: &Call) -> pg_sys::Datum {
-    let model = super::predict::model_of(call.need(0, "name"));
+    let model = crate::serving::model_of(call.need(0, "name"));
     let ordinals = model.plan.stored_tensors().iter().map(|tensor| tensor.ordinal);
     pg_sys::Datum::from(model.blocks.warm(ordinals) as i64)
 }

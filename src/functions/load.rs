@@ -1,10 +1,10 @@
 //! Loading: ONNX bytes to a stored version.
 
-use super::predict;
 use crate::catalog::{self, NewVersion};
 use crate::pg::fmgr::{Call, missing, sql_functions};
 use crate::pg::large_object::LargeObject;
 use crate::pg::{error, interrupt};
+use crate::serving;
 use inference::error::ModelError;
 use inference::onnx::{self, ExternalData, FolderExternalData, NoExternalData, StoredTensor};
 use inference::plan::Plan;
@@ -89,7 +89,7 @@ fn load(name: &str, model: &[u8], external: &mut dyn ExternalData, block_bytes: 
         },
     );
     if let Some(plan) = plan {
-        predict::remember(content_hash, plan);
+        serving::remember(content_hash, plan);
     }
     pg_sys::Datum::from(version)
 }
@@ -106,7 +106,7 @@ fn compile(stripped: &onnx::Stripped<'_>, block_bytes: usize) -> Arc<Plan> {
         out.extend_from_slice(&tensor.data);
         Ok(())
     };
-    predict::compile(&stripped.graph, &mut fetch, &tilings)
+    serving::compile(&stripped.graph, &mut fetch, &tilings)
 }
 
 /// Identity of graph and tensors together: what a compiled plan is kept under.

@@ -8,8 +8,6 @@ mod load;
 mod maintain;
 mod pages;
 mod predict;
-pub mod settings;
-mod source;
 
 #[cfg(any(test, feature = "pg_test"))]
 mod tests;

@@ -67,6 +67,68 @@ pub fn with_elements<T: Fixed, R>(datum: pg_sys::Datum, f: impl FnOnce(&[usize],
     }
 }
 
+/// One row of an array of one dimension without nulls: its elements' bytes, in place. None for any other array, and for one that
+/// has to be detoasted first.
+///
+/// # Safety
+/// `datum` points at an array of elements of `width` bytes, which lives as long as the result is used.
+pub unsafe fn row_in_place<'a>(datum: pg_sys::Datum, width: usize) -> Option<&'a [u8]> {
+    // SAFETY: by the contract; a short header takes three bytes less, and leaves what follows unaligned.
+    unsafe {
+        let start = datum.cast_mut_ptr::<u8>();
+        let value = start.cast::<pg_sys::varlena>();
+        // Offsets are those behind a header of four bytes.
+        let (base, total) = if pgrx::varatt_is_4b_u(value) {
+            (start, pgrx::varsize_4b(value))
+        } else if pgrx::varatt_is_1b(value) && !pgrx::varatt_is_1b_e(value) {
+            (start.wrapping_sub(3), pgrx::varsize_1b(value) + 3)
+        } else {
+            return None;
+        };
+        let word = |at: usize| base.wrapping_add(at).cast::<i32>().read_unaligned();
+        if total < HEADER || word(8) != 0 {
+            return None;
+        }
+        let (ndim, offset) = (word(4), HEADER + 8);
+        if ndim == 0 {
+            return Some(&[]);
+        }
+        if ndim != 1 || total < offset {
+            return None;
+        }
+        let bytes = usize::try_from(word(HEADER)).ok()?.checked_mul(width)?;
+        (offset + bytes <= total).then(|| std::slice::from_raw_parts(base.wrapping_add(offset), bytes))
+    }
+}
+
+/// `rows` arrays of one dimension, each of `width` values, in the current memory context; the addresses of all are given to
+/// `give`, in order. The memory is one piece, in which each has its place.
+pub fn rows_from_f32(values: &[f32], rows: usize, width: usize, mut give: impl FnMut(pg_sys::Datum)) {
+    let stride = (HEADER + 8 + 4 * width).next_multiple_of(8);
+    if width == 0 || stride.saturating_mul(rows) > super::fmgr::MAX_ALLOC {
+        for row in 0..rows {
+            give(from_f32(&[width], &values[row * width..(row + 1) * width]));
+        }
+        return;
+    }
+    // SAFETY: palloc'd with room for all; each is laid out as array.h says.
+    unsafe {
+        let start = pg_sys::palloc(stride * rows).cast::<u8>();
+        for (row, values) in values.chunks_exact(width).take(rows).enumerate() {
+            let array = start.add(row * stride).cast::<pg_sys::ArrayType>();
+            pgrx::set_varsize_4b(array.cast(), (HEADER + 8 + 4 * width) as i32);
+            (*array).ndim = 1;
+            (*array).dataoffset = 0;
+            (*array).elemtype = pg_sys::FLOAT4OID;
+            let dims = array.cast::<u8>().add(HEADER).cast::<i32>();
+            *dims = width as i32;
+            *dims.add(1) = 1;
+            std::ptr::copy_nonoverlapping(values.as_ptr().cast::<u8>(), dims.add(2).cast(), 4 * width);
+            give(pg_sys::Datum::from(array));
+        }
+    }
+}
+
 /// An array of `shape` (empty: one dimension with all values) from elements without nulls.
 pub fn from_values<T: Fixed>(shape: &[usize], values: &[T]) -> pg_sys::Datum {
     if shape.len() > pg_sys::MAXDIM as usize {

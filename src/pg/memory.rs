@@ -3,6 +3,7 @@
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::cell::Cell;
+use std::ffi::CStr;
 use std::sync::Once;
 
 thread_local! {
@@ -15,15 +16,7 @@ pub fn in_scratch<T>(f: impl FnOnce() -> T) -> T {
     let scratch = SCRATCH.with(|cell| {
         if cell.get().is_null() {
             // SAFETY: TopMemoryContext lives as long as the backend; the context is made once.
-            let context = unsafe {
-                pg_sys::AllocSetContextCreateExtended(
-                    pg_sys::TopMemoryContext,
-                    c"pg_tessera insertion".as_ptr(),
-                    pg_sys::ALLOCSET_DEFAULT_MINSIZE as usize,
-                    pg_sys::ALLOCSET_DEFAULT_INITSIZE as usize,
-                    pg_sys::ALLOCSET_DEFAULT_MAXSIZE as usize,
-                )
-            };
+            let context = unsafe { new_context(pg_sys::TopMemoryContext, c"pg_tessera insertion") };
             cell.set(context);
         }
         cell.get()
@@ -35,6 +28,42 @@ pub fn in_scratch<T>(f: impl FnOnce() -> T) -> T {
         let result = f();
         pg_sys::MemoryContextSwitchTo(caller);
         result
+    }
+}
+
+/// A memory context below `parent`.
+///
+/// # Safety
+/// `parent` is a memory context.
+pub unsafe fn new_context(parent: pg_sys::MemoryContext, name: &'static CStr) -> pg_sys::MemoryContext {
+    // SAFETY: by the contract; the name lives as long as the process.
+    unsafe {
+        pg_sys::AllocSetContextCreateExtended(
+            parent,
+            name.as_ptr(),
+            pg_sys::ALLOCSET_DEFAULT_MINSIZE as usize,
+            pg_sys::ALLOCSET_DEFAULT_INITSIZE as usize,
+            pg_sys::ALLOCSET_DEFAULT_MAXSIZE as usize,
+        )
+    }
+}
+
+/// Drops `value` when the context is reset or deleted.
+///
+/// # Safety
+/// `value` comes from `Box::into_raw`; dropping it calls nothing of PostgreSQL's.
+pub unsafe fn drop_with<T>(context: pg_sys::MemoryContext, value: *mut T) {
+    unsafe extern "C-unwind" fn drop_it<T>(value: *mut std::ffi::c_void) {
+        // SAFETY: called once, with the pointer below.
+        drop(unsafe { Box::from_raw(value.cast::<T>()) });
+    }
+    // SAFETY: the callback lives in the context that calls it.
+    unsafe {
+        let place = pg_sys::MemoryContextAlloc(context, std::mem::size_of::<pg_sys::MemoryContextCallback>());
+        let callback = place.cast::<pg_sys::MemoryContextCallback>();
+        (*callback).func = Some(drop_it::<T>);
+        (*callback).arg = value.cast();
+        pg_sys::MemoryContextRegisterResetCallback(context, callback);
     }
 }
 

@@ -20,11 +20,19 @@ pub trait Element: Copy + Send + Sync + 'static {
     fn to_f32(self) -> f32;
     /// The value as an integer; none for floating-point types.
     fn to_i64(self) -> Option<i64>;
+    /// The value of these bytes, as many as the type has, in the machine's order.
+    fn of_bytes(bytes: &[u8]) -> Self;
+    /// Whether the type is float32.
+    const AS_FLOAT32: bool = false;
 }
 
 macro_rules! elements {
-    ($($type:ty, $integer:expr;)*) => {
+    ($($type:ty, $float32:literal, $integer:expr;)*) => {
         $(impl Element for $type {
+            const AS_FLOAT32: bool = $float32;
+            fn of_bytes(bytes: &[u8]) -> $type {
+                bytes.try_into().map_or(<$type>::default(), <$type>::from_ne_bytes)
+            }
             fn to_f64(self) -> f64 {
                 self as f64
             }
@@ -40,10 +48,10 @@ macro_rules! elements {
 }
 
 elements! {
-    f32, |_| None;
-    f64, |_| None;
-    i32, |value| Some(i64::from(value));
-    i64, Some;
+    f32, true, |_| None;
+    f64, false, |_| None;
+    i32, false, |value| Some(i64::from(value));
+    i64, false, Some;
 }
 
 /// The shape that `rows` rows of `width` values take in this port. The first dimension counts rows where it is free
@@ -144,6 +152,73 @@ pub fn from_rows<T: Element>(port: &Port, rows: usize, width: usize, values: &[T
     };
     let raw = encode(dtype, values).map_err(|error| name_input(error, &port.name))?;
     Ok(HostTensor { dtype: port.dtype, shape, data: TensorData::Raw(raw) })
+}
+
+/// Rows for one port, gathered one by one.
+#[derive(Clone, Debug, Default)]
+pub struct RowBuffer {
+    width: usize,
+    rows: usize,
+    raw: Vec<u8>,
+}
+
+impl RowBuffer {
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Bytes of all rows.
+    pub fn bytes(&self) -> usize {
+        self.raw.len()
+    }
+
+    /// Forgets all rows.
+    pub fn clear(&mut self) {
+        (self.width, self.rows) = (0, 0);
+        self.raw.clear();
+    }
+
+    /// Forgets the last row.
+    pub fn pop(&mut self) {
+        let row = self.raw.len() / self.rows.max(1);
+        self.raw.truncate(self.raw.len() - row);
+        self.rows = self.rows.saturating_sub(1);
+    }
+
+    /// Adds a row of numbers, given as their bytes in the machine's order. False, and nothing is added, if it does not fit the
+    /// port as one row, or not with the rows that are there.
+    pub fn push<T: Element>(&mut self, port: &Port, bytes: &[u8]) -> bool {
+        let width = bytes.len() / size_of::<T>();
+        let PortType::Fixed(dtype) = port.dtype else { return false };
+        if self.rows == 0 {
+            if shape_for(port, 1, width).is_err() {
+                return false;
+            }
+            self.width = width;
+        } else if width != self.width {
+            return false;
+        }
+        if T::AS_FLOAT32 && dtype == DType::Float32 && cfg!(target_endian = "little") {
+            self.raw.extend_from_slice(bytes);
+        } else {
+            let values: Vec<T> = bytes.chunks_exact(size_of::<T>()).map(T::of_bytes).collect();
+            let Ok(raw) = encode(dtype, &values) else { return false };
+            self.raw.extend_from_slice(&raw);
+        }
+        self.rows += 1;
+        true
+    }
+
+    /// The rows `from` to `to` as what the port takes.
+    ///
+    /// # Errors
+    /// As [`from_rows`].
+    pub fn tensor(&self, port: &Port, from: usize, to: usize) -> Result<HostTensor, ModelError> {
+        let shape = shape_for(port, to - from, self.width)?;
+        let row = self.raw.len() / self.rows.max(1);
+        HostTensor::new(port.dtype, shape, TensorData::Raw(self.raw[from * row..to * row].to_vec()))
+    }
 }
 
 pub(crate) fn name_input(mut error: ModelError, name: &str) -> ModelError {

@@ -320,6 +320,13 @@ impl Plan {
         self.work.as_ref().map(|work| work.flops(other))
     }
 
+    /// Bytes that the values of a run with inputs of these shapes, in the signature's order, take at a time. None where the run
+    /// would be refused, and where the plan has to be compiled for these shapes first.
+    pub fn peak_bytes(&self, shapes: &[Vec<usize>]) -> Option<u64> {
+        let general = self.general.as_ref()?;
+        general.demand(&shapes.to_vec()).ok().map(|demand| demand.peak)
+    }
+
     /// What a plan for these inputs is made for.
     fn key(&self, inputs: &[&HostTensor]) -> Key {
         let bound = self.template.as_ref().map_or(&[][..], Template::bound);

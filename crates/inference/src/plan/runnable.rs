@@ -15,6 +15,8 @@ const HEAVY_NANOSECONDS: u64 = 10_000_000;
 /// A run's demands.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Demand {
+    /// Bytes of the values that are alive at a time.
+    pub peak: u64,
     /// Nanoseconds of the run, roughly.
     pub nanoseconds: u64,
     /// It holds while a value may have up to so many bytes in memory.
@@ -144,7 +146,7 @@ impl Runnable {
     fn measure(&self, symbols: &SymbolValues, in_memory: u64) -> Result<Demand, ModelError> {
         let mut holds_to = u64::MAX;
         let mut dropped = vec![0u64; self.steps.len()];
-        let (mut alive, mut nanoseconds) = (0u64, 0u64);
+        let (mut alive, mut nanoseconds, mut peak) = (0u64, 0u64, 0u64);
         for (step, item) in self.steps.iter().enumerate() {
             let mut made = 0u64;
             for value in &item.values {
@@ -167,6 +169,7 @@ impl Runnable {
             if alive > self.limit {
                 return Err(self.beyond(item, Some(alive)));
             }
+            peak = peak.max(alive);
             alive -= dropped[step];
             // 10 ns for 4 bytes of output (a slow function such as erf), half a nanosecond for a multiply-add.
             let work = item.work.iter().filter_map(|count| u64::try_from(count.eval(symbols).to_i64().ok()?).ok());
@@ -174,7 +177,7 @@ impl Runnable {
             let step = if item.dynamic { step.max(HEAVY_NANOSECONDS + 1) } else { step };
             nanoseconds = nanoseconds.saturating_add(step);
         }
-        Ok(Demand { nanoseconds, holds_to })
+        Ok(Demand { nanoseconds, holds_to, peak })
     }
 
     fn beyond(&self, step: &Step, bytes: Option<u64>) -> ModelError {

@@ -4,6 +4,9 @@ use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
 
 static PLAN_CACHE_SIZE: GucSetting<i32> = GucSetting::<i32>::new(256 * 1024);
 static INLINE_TENSOR_BYTES: GucSetting<i32> = GucSetting::<i32>::new(32 * 1024);
+static ENABLE_BATCHING: GucSetting<bool> = GucSetting::<bool>::new(true);
+static BATCH_SIZE: GucSetting<i32> = GucSetting::<i32>::new(1024);
+static BATCH_MEMORY: GucSetting<i32> = GucSetting::<i32>::new(-1);
 static OPERATOR_MEMORY: GucSetting<i32> = GucSetting::<i32>::new(-1);
 static MAX_PREDICTION_MEMORY: GucSetting<i32> = GucSetting::<i32>::new(2 * 1024 * 1024);
 
@@ -49,6 +52,34 @@ pub fn init() {
         GucContext::Userset,
         GucFlags::UNIT_KB,
     );
+    GucRegistry::define_bool_guc(
+        c"tessera.enable_batching",
+        c"Enables the planner to compute predictions for many rows at a time.",
+        c"EXPLAIN shows Custom Scan (Tessera Predict) where it does. Off, each row is a run of the model.",
+        &ENABLE_BATCHING,
+        GucContext::Userset,
+        GucFlags::EXPLAIN,
+    );
+    GucRegistry::define_int_guc(
+        c"tessera.batch_size",
+        c"Sets the most rows that are predicted at a time.",
+        c"A query begins with few rows and doubles their number up to this, or up to what tessera.batch_memory holds.",
+        &BATCH_SIZE,
+        1,
+        65_536,
+        GucContext::Userset,
+        GucFlags::EXPLAIN,
+    );
+    GucRegistry::define_int_guc(
+        c"tessera.batch_memory",
+        c"Sets the memory for the rows that are predicted at a time, and for what the model computes from them.",
+        c"-1 means work_mem. One row is always taken, however large it is.",
+        &BATCH_MEMORY,
+        -1,
+        i32::MAX,
+        GucContext::Userset,
+        GucFlags::UNIT_KB | GucFlags::EXPLAIN,
+    );
     #[cfg(not(feature = "pg14"))]
     // SAFETY: a static string; after all settings with this prefix are defined.
     unsafe {
@@ -78,4 +109,23 @@ pub fn operator_memory_bytes() -> u64 {
 /// Bytes above which one prediction is refused.
 pub fn max_prediction_bytes() -> u64 {
     MAX_PREDICTION_MEMORY.get() as u64 * 1024
+}
+
+/// Whether queries predict many rows at a time.
+pub fn batching() -> bool {
+    ENABLE_BATCHING.get()
+}
+
+/// The most rows of a batch.
+pub fn batch_size() -> usize {
+    BATCH_SIZE.get() as usize
+}
+
+/// Bytes that a batch and its run may take.
+pub fn batch_bytes() -> usize {
+    match BATCH_MEMORY.get() {
+        // SAFETY: a setting of PostgreSQL, in kB.
+        -1 => 1024 * unsafe { pgrx::pg_sys::work_mem } as usize,
+        kilobytes => kilobytes as usize * 1024,
+    }
 }

@@ -1,0 +1,117 @@
+//! One call of `predict` at work: rows are gathered, the model runs on them, values are handed out.
+
+use super::calls::Elements;
+use crate::pg::array;
+use crate::serving::{self, Model};
+use inference::array::{RowBuffer, to_rows_f32};
+use inference::error::{ErrorKind, ModelError};
+use inference::plan::rows::Rows;
+use inference::signature::Port;
+use pgrx::pg_sys;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Rows of a run of a plan that is compiled for each number of rows: more come in several runs, fewer one by one.
+const FIXED_ROWS: usize = 16;
+
+/// What was done, for EXPLAIN.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Done {
+    /// Runs of models.
+    pub batches: u64,
+    /// Rows in them.
+    pub rows: u64,
+    /// Time in them.
+    pub time: Duration,
+}
+
+/// The model that a call uses, for as long as the snapshot and the name are the same.
+pub struct InUse {
+    model: Arc<Model>,
+    port: Port,
+    /// Whether rows may be stacked.
+    pub batched: bool,
+}
+
+impl InUse {
+    /// The model of this name. ERROR if there is none that the role may use.
+    pub fn of(spec: &str) -> InUse {
+        let model = serving::model_of(spec);
+        let plan = &model.plan;
+        let (port, batched) = match (&*plan.signature().inputs, plan.rows()) {
+            ([port], Rows::Independent { inputs, outputs, every_size, .. }) => {
+                (port.clone(), *every_size && inputs[..] == [0] && outputs.first() == Some(&0) && plan.batch_is_free())
+            }
+            ([port, ..], _) => (port.clone(), false),
+            ([], _) => (Port::new("", tensor_blocks::DType::Float32.into(), vec![]), false),
+        };
+        InUse { model, port, batched }
+    }
+
+    /// True if this still is the model of that name.
+    pub fn is(&self, spec: &str) -> bool {
+        Arc::ptr_eq(&self.model, &serving::model_of(spec))
+    }
+
+    /// Adds a row, an array of these elements without nulls. False if it does not fit.
+    pub fn push(&self, rows: &mut RowBuffer, elements: Elements, bytes: &[u8]) -> bool {
+        match elements {
+            Elements::Real => rows.push::<f32>(&self.port, bytes),
+            Elements::Double => rows.push::<f64>(&self.port, bytes),
+            Elements::Integer => rows.push::<i32>(&self.port, bytes),
+            Elements::Bigint => rows.push::<i64>(&self.port, bytes),
+        }
+    }
+
+    /// How many rows such as those gathered a batch may have, so that it takes at most so many bytes.
+    pub fn rows_within(&self, rows: &RowBuffer, bytes: usize) -> usize {
+        let probe = 64;
+        let Ok(shape) = rows.tensor(&self.port, 0, 1).map(|one| one.shape) else { return 1 };
+        let shape: Vec<usize> = std::iter::once(probe).chain(shape.into_iter().skip(1)).collect();
+        let peak = self.model.plan.peak_bytes(&[shape]).unwrap_or(u64::MAX) / probe as u64;
+        // The input is held twice, the output three times, on their way.
+        let row = peak.saturating_add(3 * (rows.bytes() / rows.rows().max(1)) as u64).max(1);
+        usize::try_from(bytes as u64 / row).unwrap_or(usize::MAX).max(1)
+    }
+
+    /// Predicts these rows; the arrays, in the current memory context, are given in order to `give`.
+    ///
+    /// # Errors
+    /// What the model cannot compute: some of the rows may have been given.
+    pub fn predict(
+        &self,
+        rows: &RowBuffer,
+        range: Range<usize>,
+        done: &mut Done,
+        mut give: impl FnMut(pg_sys::Datum),
+    ) -> Result<(), ModelError> {
+        let mut from = range.start;
+        while from < range.end {
+            let left = range.end - from;
+            let count = match self.model.plan.is_general() {
+                true => left,
+                false if left >= FIXED_ROWS => FIXED_ROWS,
+                false => 1,
+            };
+            let input = rows.tensor(&self.port, from, from + count)?;
+            let begin = Instant::now();
+            let outputs = serving::try_run(&self.model, vec![(self.port.name.clone(), input)])?;
+            done.time += begin.elapsed();
+            done.batches += 1;
+            done.rows += count as u64;
+            let (_, first) = outputs.first().ok_or_else(|| ModelError::invalid_model("the model has no output"))?;
+            let (width, values) = to_rows_f32(first, count)?;
+            array::rows_from_f32(&values, count, width, &mut give);
+            from += count;
+        }
+        Ok(())
+    }
+}
+
+/// Raises an interrupt if that is what ended a run.
+pub fn raise_if_cancelled(error: &ModelError) {
+    if error.kind == ErrorKind::Cancelled {
+        crate::pg::interrupt::raise_or_model(error.clone());
+    }
+}

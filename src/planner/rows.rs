@@ -1,0 +1,412 @@
+//! The rows of a batch: fetched, predicted stage by stage, finished.
+
+use super::batch::{InUse, raise_if_cancelled};
+use super::calls::Elements;
+use super::scan::{CallState, Row, Scan};
+use crate::pg::{array, exec};
+use crate::serving::settings;
+use inference::array::RowBuffer;
+use inference::error::ErrorKind;
+use pgrx::pg_sys;
+
+/// What became of an input.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Gathered {
+    Null,
+    Added,
+    /// No batch can be made with it.
+    Odd,
+}
+
+/// Adds one input to those of a call.
+///
+/// # Safety
+/// Within [`exec::guarded`]; `input` is an array with these elements, and lives in the row or in the current memory context.
+unsafe fn gather(
+    model: Option<&InUse>,
+    rows: &mut RowBuffer,
+    elements: Elements,
+    input: Option<pg_sys::Datum>,
+) -> Gathered {
+    let (Some(input), Some(model)) = (input, model) else { return Gathered::Null };
+    let width = match elements {
+        Elements::Real | Elements::Integer => 4,
+        Elements::Double | Elements::Bigint => 8,
+    };
+    // SAFETY: by the contract.
+    let bytes = unsafe {
+        match array::row_in_place(input, width) {
+            Some(bytes) => Some(bytes),
+            None => array::row_in_place(pg_sys::Datum::from(exec::plain(input.cast_mut_ptr())), width),
+        }
+    };
+    match bytes {
+        Some(bytes) if model.push(rows, elements, bytes) => Gathered::Added,
+        _ => Gathered::Odd,
+    }
+}
+
+impl CallState {
+    /// The input, from the row that the context has.
+    ///
+    /// # Safety
+    /// Within [`exec::guarded`]; `slot` is the child's for an early call.
+    unsafe fn input(
+        &self,
+        context: *mut pg_sys::ExprContext,
+        slot: *mut pg_sys::TupleTableSlot,
+    ) -> Option<pg_sys::Datum> {
+        // SAFETY: by the contract.
+        unsafe {
+            match self.input_column {
+                Some(column) => exec::column(slot, column),
+                None => exec::evaluate(self.input_expr, context),
+            }
+        }
+    }
+
+    /// Forgets the last row.
+    fn undo(&mut self) {
+        if self.places.pop().flatten().is_some() {
+            self.rows.pop();
+        }
+    }
+}
+
+impl Scan {
+    /// Fetches the rows of a batch.
+    ///
+    /// # Safety
+    /// `node` is the node of this state.
+    pub(super) unsafe fn fill(&mut self, node: *mut pg_sys::CustomScanState) {
+        self.clear();
+        // SAFETY: by the contract. In the guarded parts nothing has a destructor while PostgreSQL is called.
+        unsafe {
+            let context = (*node).ss.ps.ps_ExprContext;
+            let child = (*node).ss.ps.lefttree;
+            exec::guarded(|| exec::reset(self.batch_context));
+            if self.held.is_null() {
+                let slot = exec::guarded(|| exec::next_row(child));
+                if exec::is_empty(slot) {
+                    self.ended = true;
+                    return;
+                }
+                self.held = slot;
+            }
+            // Names are looked up when there is a row to predict, and anew for each batch.
+            let mut alone = !settings::batching();
+            for call in &mut self.calls {
+                alone |= !call.ready(context);
+            }
+            if !alone {
+                let wanted = self.size.min(self.within).min(settings::batch_size());
+                let limit = settings::batch_bytes();
+                exec::guarded(|| self.fetch(child, context, wanted, limit));
+                self.size = (2 * self.size).min(settings::batch_size());
+            }
+            if self.rows.is_empty() && !self.held.is_null() {
+                exec::guarded(|| self.take_alone(context));
+            }
+            self.largest = self.largest.max(self.rows.len());
+        }
+    }
+
+    /// # Safety
+    /// Within [`exec::guarded`], with the node's context and child.
+    unsafe fn fetch(
+        &mut self,
+        child: *mut pg_sys::PlanState,
+        context: *mut pg_sys::ExprContext,
+        wanted: usize,
+        limit: usize,
+    ) {
+        // SAFETY: by the contract.
+        unsafe {
+            let caller = pg_sys::CurrentMemoryContext;
+            let scratch = (*context).ecxt_per_tuple_memory;
+            let mut bytes = 0;
+            while self.rows.len() < wanted && bytes < limit {
+                if self.held.is_null() {
+                    let slot = exec::next_row(child);
+                    if exec::is_empty(slot) {
+                        self.ended = true;
+                        return;
+                    }
+                    self.held = slot;
+                }
+                exec::reset(scratch);
+                (*context).ecxt_outertuple = self.held;
+                pg_sys::CurrentMemoryContext = scratch;
+                let mut odd = None;
+                for (at, call) in self.calls.iter_mut().enumerate() {
+                    if !call.layout.early {
+                        call.places.push(None);
+                        continue;
+                    }
+                    let input = call.input(context, self.held);
+                    match gather(call.model.as_ref(), &mut call.rows, call.layout.elements, input) {
+                        Gathered::Null => call.places.push(None),
+                        Gathered::Added => call.places.push(Some(call.rows.rows() as u32 - 1)),
+                        Gathered::Odd => {
+                            odd = Some(at);
+                            break;
+                        }
+                    }
+                    bytes += call.rows.bytes() / call.rows.rows().max(1);
+                }
+                pg_sys::CurrentMemoryContext = caller;
+                if let Some(at) = odd {
+                    self.calls[..at].iter_mut().for_each(CallState::undo);
+                    return;
+                }
+                bytes += self.keep();
+            }
+        }
+    }
+
+    /// Makes the held row the last one of the batch: its kept columns are copied. Returns their bytes.
+    ///
+    /// # Safety
+    /// Within [`exec::guarded`]; a row is held.
+    unsafe fn keep(&mut self) -> usize {
+        // SAFETY: by the contract; the kept columns have the types that the plan says.
+        unsafe {
+            let caller = pg_sys::CurrentMemoryContext;
+            pg_sys::CurrentMemoryContext = self.batch_context;
+            let mut bytes = 16 * self.width;
+            for &(column, by_value, len) in &self.copies {
+                let value = exec::column(self.held, column);
+                if let (Some(value), -1) = (value, len) {
+                    bytes += pgrx::varsize_any(value.cast_mut_ptr());
+                }
+                self.nulls.push(value.is_none());
+                self.values.push(value.map_or(pg_sys::Datum::from(0), |value| exec::copy(value, by_value, len)));
+            }
+            pg_sys::CurrentMemoryContext = caller;
+            self.values.resize(self.values.len() + self.calls.len(), pg_sys::Datum::from(0));
+            self.nulls.resize(self.nulls.len() + self.calls.len(), true);
+            self.rows.push(Row::At { stage: 0, computed: false });
+            self.held = std::ptr::null_mut();
+            bytes
+        }
+    }
+
+    /// Makes the held row a batch of its own, and has the functions themselves compute its early calls.
+    ///
+    /// # Safety
+    /// Within [`exec::guarded`]; a row is held.
+    unsafe fn take_alone(&mut self, context: *mut pg_sys::ExprContext) {
+        // SAFETY: by the contract.
+        unsafe {
+            let caller = pg_sys::CurrentMemoryContext;
+            (*context).ecxt_outertuple = self.held;
+            self.keep();
+            pg_sys::CurrentMemoryContext = self.batch_context;
+            for at in 0..self.calls.len() {
+                self.calls[at].places.push(None);
+                if self.calls[at].layout.early {
+                    let value = exec::evaluate(self.calls[at].whole, context);
+                    self.put(0, at, value);
+                }
+            }
+            pg_sys::CurrentMemoryContext = caller;
+        }
+        // Of the first stage only nested calls, which are not early, are left to do.
+        if self.calls.iter().all(|call| call.layout.stage > 0 || call.layout.early) {
+            self.rows[0] = Row::At { stage: 0, computed: true };
+        }
+    }
+
+    /// Predicts the batch, stage by stage.
+    ///
+    /// # Safety
+    /// `node` is the node of this state.
+    pub(super) unsafe fn compute(&mut self, node: *mut pg_sys::CustomScanState) {
+        // SAFETY: by the contract.
+        unsafe {
+            for stage in 0..=self.conditions.len() {
+                if self.rows.is_empty() {
+                    return;
+                }
+                let mut odd = vec![false; self.rows.len()];
+                for at in 0..self.calls.len() {
+                    if self.calls[at].layout.stage == stage {
+                        self.predict(node, at, &mut odd);
+                    }
+                }
+                for (row, odd) in self.rows.iter_mut().zip(odd) {
+                    if *row == (Row::At { stage, computed: false }) && !odd {
+                        *row = Row::At { stage, computed: true };
+                    }
+                }
+                // A condition is evaluated ahead only to spare calls.
+                if !self.calls.iter().any(|call| call.layout.stage > stage) {
+                    return;
+                }
+                for row in 0..self.rows.len() {
+                    if self.rows[row] == (Row::At { stage, computed: true }) {
+                        let context = (*node).ss.ps.ps_ExprContext;
+                        exec::guarded(|| exec::reset((*context).ecxt_per_tuple_memory));
+                        (*context).ecxt_scantuple = (*node).ss.ss_ScanTupleSlot;
+                        self.show((*node).ss.ss_ScanTupleSlot, row);
+                        let met = self.meets(node, stage);
+                        self.rows[row] = if met { Row::At { stage: stage + 1, computed: false } } else { Row::Dropped };
+                    }
+                }
+            }
+        }
+    }
+
+    /// True if the shown row meets a condition.
+    ///
+    /// # Safety
+    /// `node` is the node of this state, and its slot has the row.
+    unsafe fn meets(&self, node: *mut pg_sys::CustomScanState, condition: usize) -> bool {
+        // SAFETY: by the contract.
+        unsafe {
+            let Some(&state) = self.conditions.get(condition) else { return true };
+            let met = pg_sys::ExecQual(state, (*node).ss.ps.ps_ExprContext);
+            let instrument = (*node).ss.ps.instrument;
+            if !met && !instrument.is_null() {
+                (*instrument).nfiltered1 += 1.0;
+            }
+            met
+        }
+    }
+
+    /// Computes a call for all rows that are at its stage. Those with which no batch can be made are noted as odd.
+    ///
+    /// # Safety
+    /// `node` is the node of this state.
+    unsafe fn predict(&mut self, node: *mut pg_sys::CustomScanState, at: usize, odd: &mut [bool]) {
+        let stage = self.calls[at].layout.stage;
+        let waiting = Row::At { stage, computed: false };
+        let rows: Vec<usize> = (0..self.rows.len()).filter(|&row| self.rows[row] == waiting && !odd[row]).collect();
+        let early = self.calls[at].layout.early;
+        if !early {
+            // SAFETY: by the contract; the vectors outlive the guarded part.
+            unsafe { exec::guarded(|| self.gather_late(node, at, &rows, odd)) };
+        }
+        // A row that was taken alone has been computed as far as it is early.
+        let call = &self.calls[at];
+        let Some(model) = &call.model else { return };
+        if call.rows.rows() == 0 {
+            return;
+        }
+        let limit = settings::batch_bytes();
+        self.within = self.within.min(model.rows_within(&call.rows, limit));
+        let mut made = Vec::with_capacity(call.rows.rows());
+        // SAFETY: a context of this scan; on an ERROR the transaction's end takes care of the current one.
+        let result = unsafe {
+            let caller = pg_sys::CurrentMemoryContext;
+            pg_sys::CurrentMemoryContext = self.batch_context;
+            let mut done = self.done;
+            let result = model.predict(&call.rows, 0..call.rows.rows(), &mut done, |value| made.push(value));
+            pg_sys::CurrentMemoryContext = caller;
+            self.done = done;
+            result
+        };
+        match result {
+            Ok(()) => {
+                for row in rows {
+                    if let Some(place) = self.calls[at].places[row] {
+                        self.put(row, at, Some(made[place as usize]));
+                    }
+                }
+            }
+            Err(error) => {
+                raise_if_cancelled(&error);
+                if error.kind == ErrorKind::TooLarge {
+                    self.within = (call.rows.rows() / 2).max(1);
+                }
+                // Each is computed alone when its turn has come.
+                rows.iter().for_each(|&row| odd[row] = true);
+            }
+        }
+    }
+
+    /// Gathers the inputs of a call from the rows of the batch.
+    ///
+    /// # Safety
+    /// Within [`exec::guarded`]; `node` is the node of this state.
+    unsafe fn gather_late(&mut self, node: *mut pg_sys::CustomScanState, at: usize, rows: &[usize], odd: &mut [bool]) {
+        // SAFETY: by the contract.
+        unsafe {
+            let (context, slot) = ((*node).ss.ps.ps_ExprContext, (*node).ss.ss_ScanTupleSlot);
+            let caller = pg_sys::CurrentMemoryContext;
+            (*context).ecxt_scantuple = slot;
+            self.calls[at].clear();
+            self.calls[at].places.resize(self.rows.len(), None);
+            for &row in rows {
+                exec::reset((*context).ecxt_per_tuple_memory);
+                self.show(slot, row);
+                pg_sys::CurrentMemoryContext = (*context).ecxt_per_tuple_memory;
+                let call = &mut self.calls[at];
+                let batched = call.model.as_ref().is_none_or(|model| model.batched);
+                if !batched {
+                    odd[row] = true;
+                    continue;
+                }
+                let input = call.input(context, slot);
+                match gather(call.model.as_ref(), &mut call.rows, call.layout.elements, input) {
+                    Gathered::Null => {}
+                    Gathered::Added => call.places[row] = Some(call.rows.rows() as u32 - 1),
+                    Gathered::Odd => odd[row] = true,
+                }
+            }
+            pg_sys::CurrentMemoryContext = caller;
+        }
+    }
+
+    /// Does what a row lacks, now that its turn has come and it is in the node's slot. False if it does not meet a condition.
+    ///
+    /// # Safety
+    /// `node` is the node of this state.
+    pub(super) unsafe fn finish_row(&mut self, node: *mut pg_sys::CustomScanState, row: usize) -> bool {
+        let Row::At { mut stage, mut computed } = self.rows[row] else { return false };
+        // SAFETY: by the contract.
+        unsafe {
+            let (context, slot) = ((*node).ss.ps.ps_ExprContext, (*node).ss.ss_ScanTupleSlot);
+            loop {
+                for at in 0..self.calls.len() {
+                    if !computed && self.calls[at].layout.stage == stage {
+                        self.predict_one(context, row, at);
+                        self.show(slot, row);
+                    }
+                }
+                if stage == self.conditions.len() {
+                    return true;
+                }
+                if !self.meets(node, stage) {
+                    return false;
+                }
+                (stage, computed) = (stage + 1, false);
+            }
+        }
+    }
+
+    /// Computes a call for one row, which is in the node's slot.
+    ///
+    /// # Safety
+    /// `context` is the node's.
+    unsafe fn predict_one(&mut self, context: *mut pg_sys::ExprContext, row: usize, at: usize) {
+        // SAFETY: by the contract. On an ERROR the transaction's end takes care of the current context.
+        unsafe {
+            let caller = pg_sys::CurrentMemoryContext;
+            pg_sys::CurrentMemoryContext = self.batch_context;
+            let call = &self.calls[at];
+            if !call.layout.early {
+                let value = exec::guarded(|| exec::evaluate(call.whole, context));
+                self.put(row, at, value);
+            } else if let (Some(Some(place)), Some(model)) = (call.places.get(row).copied(), &call.model) {
+                let place = place as usize;
+                let (mut done, mut made) = (self.done, None);
+                let result = model.predict(&call.rows, place..place + 1, &mut done, |value| made = Some(value));
+                result.unwrap_or_else(|error| crate::pg::interrupt::raise_or_model(error));
+                self.done = done;
+                self.put(row, at, made);
+            }
+            pg_sys::CurrentMemoryContext = caller;
+        }
+    }
+}

@@ -1,0 +1,352 @@
+//! The node: a CustomScan above the plan whose rows it predicts.
+//!
+//! It fetches rows from its child, gathers the inputs of the calls, keeps the columns that are needed after, predicts, and then
+//! hands the rows on one by one, in the child's order. What a row needs beyond that, such as a condition, is evaluated when
+//! its turn has come, but for conditions behind which there are more calls.
+//!
+//! A row with which a batch cannot be made, such as one of a wrong length, ends the batch before it, and is evaluated alone by
+//! the function itself: it raises what the function raises, when its turn has come.
+
+use super::batch::{Done, InUse};
+use super::layout::{CallLayout, Layout};
+use crate::pg::{exec, memory, nodes};
+use inference::array::RowBuffer;
+use pgrx::pg_sys::{self, NodeTag};
+use pgrx::prelude::*;
+
+const NAME: &std::ffi::CStr = c"Tessera Predict";
+
+/// Function pointers and names that live as long as the process.
+struct Static<T>(T);
+// SAFETY: never changed.
+unsafe impl<T> Sync for Static<T> {}
+
+static METHODS: Static<pg_sys::CustomScanMethods> =
+    Static(pg_sys::CustomScanMethods { CustomName: NAME.as_ptr(), CreateCustomScanState: Some(create) });
+
+static EXEC: Static<pg_sys::CustomExecMethods> = Static(pg_sys::CustomExecMethods {
+    CustomName: NAME.as_ptr(),
+    BeginCustomScan: Some(begin),
+    ExecCustomScan: Some(next),
+    EndCustomScan: Some(end),
+    ReScanCustomScan: Some(rescan),
+    MarkPosCustomScan: None,
+    RestrPosCustomScan: None,
+    EstimateDSMCustomScan: None,
+    InitializeDSMCustomScan: None,
+    ReInitializeDSMCustomScan: None,
+    InitializeWorkerCustomScan: None,
+    ShutdownCustomScan: None,
+    ExplainCustomScan: Some(explain),
+});
+
+/// What plans name the node by.
+pub fn methods() -> *const pg_sys::CustomScanMethods {
+    &raw const METHODS.0
+}
+
+/// Called once, when the library is loaded.
+pub fn init() {
+    // SAFETY: static methods.
+    unsafe { pg_sys::RegisterCustomScanMethods(methods()) };
+}
+
+/// PostgreSQL's part of the node's state, and ours behind it.
+#[repr(C)]
+struct NodeState {
+    custom: pg_sys::CustomScanState,
+    scan: *mut Scan,
+}
+
+/// A call at work.
+pub struct CallState {
+    pub(super) layout: CallLayout,
+    pub(super) model_expr: *mut pg_sys::ExprState,
+    /// The array; where it is a column of the child's row, which one.
+    pub(super) input_expr: *mut pg_sys::ExprState,
+    pub(super) input_column: Option<usize>,
+    /// The call as a whole.
+    pub(super) whole: *mut pg_sys::ExprState,
+    /// The name, once it was asked for; none for NULL.
+    pub(super) spec: Option<Option<String>>,
+    pub(super) model: Option<InUse>,
+    pub(super) rows: RowBuffer,
+    /// By row of the batch, its place in `rows`.
+    pub(super) places: Vec<Option<u32>>,
+}
+
+/// How far a row has come. A stage is its calls and then the condition of the same number; the last is that of the target
+/// list, which has none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Row {
+    /// A condition was not met.
+    Dropped,
+    /// At this stage, of which the calls are computed or not.
+    At { stage: usize, computed: bool },
+}
+
+pub struct Scan {
+    pub(super) layout: Layout,
+    pub(super) calls: Vec<CallState>,
+    pub(super) conditions: Vec<*mut pg_sys::ExprState>,
+    /// By kept column, how its values are copied.
+    pub(super) copies: Vec<(usize, bool, i16)>,
+    pub(super) width: usize,
+    pub(super) batch_context: pg_sys::MemoryContext,
+    pub(super) values: Vec<pg_sys::Datum>,
+    pub(super) nulls: Vec<bool>,
+    pub(super) rows: Vec<Row>,
+    /// The next row to hand on.
+    pub(super) at: usize,
+    /// Rows of the next batch, and what is held of it.
+    pub(super) size: usize,
+    /// The most rows of a batch as far as memory is concerned.
+    pub(super) within: usize,
+    /// The child's slot if its row is not in a batch yet, else null.
+    pub(super) held: *mut pg_sys::TupleTableSlot,
+    pub(super) ended: bool,
+    pub(super) done: Done,
+    pub(super) largest: usize,
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn create(_plan: *mut pg_sys::CustomScan) -> *mut pg_sys::Node {
+    // SAFETY: zeros are a valid state before it begins.
+    unsafe {
+        let node = nodes::make::<NodeState>(NodeTag::T_CustomScanState);
+        (*node).custom.methods = &raw const EXEC.0;
+        node.cast()
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn begin(node: *mut pg_sys::CustomScanState, estate: *mut pg_sys::EState, flags: i32) {
+    // SAFETY: the node is one of ours, and its plan one that the planner made (build.rs).
+    unsafe {
+        let plan = (*node).ss.ps.plan.cast::<pg_sys::CustomScan>();
+        let child = pg_sys::ExecInitNode((*plan).scan.plan.lefttree, estate, flags);
+        (*node).ss.ps.lefttree = child;
+        let layout = Layout::of_numbers(&nodes::numbers((*plan).custom_private)).unwrap_or_else(|| {
+            crate::pg::error::not_supported(
+                "the plan was made by another version of pg_tessera",
+                "Prepare the statement again.",
+            )
+        });
+        let parent = &raw mut (*node).ss.ps;
+        let calls = nodes::items::<pg_sys::FuncExpr>((*plan).custom_exprs)
+            .zip(&layout.calls)
+            .map(|(call, &layout)| CallState::new(call, layout, parent))
+            .collect();
+        let conditions = nodes::items::<nodes::Node>((*plan).scan.plan.qual)
+            .map(|condition| pg_sys::ExecInitQual(nodes::list([condition]), parent))
+            .collect();
+        let desc = (*(*node).ss.ss_ScanTupleSlot).tts_tupleDescriptor;
+        let copies = layout.kept.iter().enumerate().map(|(at, &column)| {
+            let attribute = &*crate::pg::tuple::attribute(desc, at);
+            (column, attribute.attbyval, attribute.attlen)
+        });
+        let width = layout.kept.len() + layout.calls.len();
+        let scan = Box::new(Scan {
+            calls,
+            conditions,
+            copies: copies.collect(),
+            width,
+            batch_context: memory::new_context((*estate).es_query_cxt, c"pg_tessera batch"),
+            values: Vec::new(),
+            nulls: Vec::new(),
+            rows: Vec::new(),
+            at: 0,
+            size: 1,
+            within: usize::MAX,
+            held: std::ptr::null_mut(),
+            ended: false,
+            done: Done::default(),
+            largest: 0,
+            layout,
+        });
+        let scan = Box::into_raw(scan);
+        (*node.cast::<NodeState>()).scan = scan;
+        memory::drop_with((*estate).es_query_cxt, scan);
+    }
+}
+
+/// Our part of the state.
+///
+/// # Safety
+/// `node` is one of ours that has begun, and there is no other reference to its state.
+unsafe fn state<'a>(node: *mut pg_sys::CustomScanState) -> &'a mut Scan {
+    // SAFETY: by the contract.
+    unsafe { &mut *(*node.cast::<NodeState>()).scan }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn next(node: *mut pg_sys::CustomScanState) -> *mut pg_sys::TupleTableSlot {
+    // SAFETY: the executor calls this between begin and end.
+    unsafe { state(node).next(node) }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn end(node: *mut pg_sys::CustomScanState) {
+    // SAFETY: the node has begun; our part goes with the query's memory.
+    unsafe { pg_sys::ExecEndNode((*node).ss.ps.lefttree) };
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn rescan(node: *mut pg_sys::CustomScanState) {
+    // SAFETY: the node has begun.
+    unsafe {
+        state(node).restart();
+        let child = (*node).ss.ps.lefttree;
+        if (*child).chgParam.is_null() {
+            pg_sys::ExecReScan(child);
+        }
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn explain(
+    node: *mut pg_sys::CustomScanState,
+    _ancestors: *mut pg_sys::List,
+    explain: *mut pg_sys::ExplainState,
+) {
+    // SAFETY: the node has begun.
+    unsafe { super::explain::explain(node, state(node), explain) };
+}
+
+impl CallState {
+    /// # Safety
+    /// `call` is a call of `predict` in the plan of `parent`.
+    unsafe fn new(call: *mut pg_sys::FuncExpr, layout: CallLayout, parent: *mut pg_sys::PlanState) -> CallState {
+        // SAFETY: by the contract; `predict` has two arguments.
+        unsafe {
+            let mut arguments = nodes::items::<pg_sys::Expr>((*call).args);
+            let (model, input) = (arguments.next(), arguments.next());
+            let (model, input) = (model.unwrap_or(std::ptr::null_mut()), input.unwrap_or(std::ptr::null_mut()));
+            CallState {
+                layout,
+                model_expr: pg_sys::ExecInitExpr(model, parent),
+                input_expr: pg_sys::ExecInitExpr(input, parent),
+                input_column: if layout.early { super::build::outer_column(input.cast()) } else { None },
+                whole: pg_sys::ExecInitExpr(call.cast(), parent),
+                spec: None,
+                model: None,
+                rows: RowBuffer::default(),
+                places: Vec::new(),
+            }
+        }
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.rows.clear();
+        self.places.clear();
+    }
+
+    /// The name of the model, which is one for all rows.
+    ///
+    /// # Safety
+    /// `context` is the node's.
+    pub(super) unsafe fn name(&mut self, context: *mut pg_sys::ExprContext) -> Option<&str> {
+        let expr = self.model_expr;
+        self.spec
+            .get_or_insert_with(|| {
+                // SAFETY: the model's name is a text; a string is made of it before its memory is used again.
+                unsafe {
+                    let mut null = false;
+                    let datum = pg_sys::ExecEvalExprSwitchContext(expr, context, &mut null);
+                    String::from_datum(datum, null)
+                }
+            })
+            .as_deref()
+    }
+
+    /// Gets the model ready. False if rows of it have to be predicted one by one.
+    ///
+    /// # Safety
+    /// `context` is the node's.
+    pub(super) unsafe fn ready(&mut self, context: *mut pg_sys::ExprContext) -> bool {
+        // SAFETY: by the contract.
+        let Some(spec) = (unsafe { self.name(context) }).map(str::to_owned) else {
+            self.model = None;
+            return true;
+        };
+        if !self.model.as_ref().is_some_and(|model| model.is(&spec)) {
+            self.model = Some(InUse::of(&spec));
+        }
+        self.model.as_ref().is_some_and(|model| model.batched)
+    }
+
+    /// True if the model is known to take rows one by one.
+    pub fn is_row_by_row(&self) -> bool {
+        self.model.as_ref().is_some_and(|model| !model.batched)
+    }
+}
+
+impl Scan {
+    fn restart(&mut self) {
+        self.clear();
+        (self.size, self.held, self.ended) = (1, std::ptr::null_mut(), false);
+        for call in &mut self.calls {
+            call.spec = None;
+        }
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.values.clear();
+        self.nulls.clear();
+        self.rows.clear();
+        self.at = 0;
+        for call in &mut self.calls {
+            call.clear();
+        }
+    }
+
+    /// # Safety
+    /// `node` is the node of this state.
+    unsafe fn next(&mut self, node: *mut pg_sys::CustomScanState) -> *mut pg_sys::TupleTableSlot {
+        // SAFETY: by the contract.
+        unsafe {
+            let slot = (*node).ss.ss_ScanTupleSlot;
+            let context = (*node).ss.ps.ps_ExprContext;
+            let last = Row::At { stage: self.conditions.len(), computed: true };
+            loop {
+                while self.at < self.rows.len() {
+                    let row = self.at;
+                    self.at += 1;
+                    if self.rows[row] == Row::Dropped {
+                        continue;
+                    }
+                    exec::guarded(|| exec::reset((*context).ecxt_per_tuple_memory));
+                    (*context).ecxt_scantuple = slot;
+                    self.show(slot, row);
+                    if self.rows[row] != last && !self.finish_row(node, row) {
+                        continue;
+                    }
+                    let projection = (*node).ss.ps.ps_ProjInfo;
+                    return if projection.is_null() { slot } else { pg_sys::ExecProject(projection) };
+                }
+                if self.ended && self.held.is_null() {
+                    pg_sys::ExecClearTuple(slot);
+                    return std::ptr::null_mut();
+                }
+                self.fill(node);
+                self.compute(node);
+            }
+        }
+    }
+
+    /// Puts a row of the batch into the node's slot.
+    ///
+    /// # Safety
+    /// `slot` is the node's scan slot.
+    pub(super) unsafe fn show(&self, slot: *mut pg_sys::TupleTableSlot, row: usize) {
+        let range = row * self.width..(row + 1) * self.width;
+        // SAFETY: the slot has a column for each value.
+        unsafe { exec::store(slot, &self.values[range.clone()], &self.nulls[range]) };
+    }
+
+    pub(super) fn put(&mut self, row: usize, call: usize, value: Option<pg_sys::Datum>) {
+        let at = row * self.width + self.layout.kept.len() + call;
+        self.values[at] = value.unwrap_or(pg_sys::Datum::from(0));
+        self.nulls[at] = value.is_none();
+    }
+}

@@ -1,0 +1,7 @@
+//! Models at work in this session: what a name means, compiled plans, where their blocks come from, settings.
+
+mod models;
+pub mod settings;
+mod source;
+
+pub use models::{Model, compile, model_of, remember, run, try_run};
