@@ -6,13 +6,14 @@
 //! | case | way |
 //! | --- | --- |
 //! | up to [`LINE_MAX`] rows, `b` row-major | lines: `b` is read once or twice, along its rows; wide ones by sweeps of 8 rows |
-//! | few rows or few columns, both operands contiguous along k | dot products |
+//! | few columns, both operands contiguous along k | dot products |
 //! | `b` row-major | blocks of 6 rows by 4 vectors, straight from where `b` lies |
 //! | `b` otherwise, or its rows a page apart | the same, from a copy of a piece of `b` in the thread's scratch |
 //!
-//! Invariants: bounds are checked once, here; nothing is allocated but the scratch, once a thread.
+//! Invariants: a row of the output has the same bits whatever the number of rows; bounds are checked once, here; nothing is allocated but the scratch, once a thread.
 #![allow(unsafe_code)] // Hands checked bounds to kernels that work by pointer.
 
+use super::epilogue::{self, Activation, Bias};
 use super::micro::{DOTS, Isa, LINE_ROWS, LINE_VECTORS, Part, ROWS, SWEEP, VECTORS, isa};
 use std::cell::RefCell;
 
@@ -26,7 +27,7 @@ const COPIED: usize = 512;
 const LINE_MAX: usize = 6;
 /// Wider rows than this are swept: a line would touch a new page for each of its steps.
 const LINE_WIDTH: usize = 256;
-/// Most rows, or columns, of dot products.
+/// Most columns of dot products. That it is not chosen by rows keeps their results apart from their number.
 const DOTS_MAX: usize = 4;
 /// Rows of `b` at least this many elements apart are copied before many rows of `a` are multiplied with them: the same
 /// column of them falls into few sets of the cache, and into as many pages as there are rows.
@@ -77,15 +78,48 @@ pub fn product(
     b: Operand<'_>,
     accumulate: bool,
 ) {
+    finished_product(out, out_stride, (m, n, k), a, b, accumulate, Ending::default());
+}
+
+/// What is done to the elements of a product on the way.
+#[derive(Clone, Copy, Debug)]
+pub struct Ending<'a> {
+    /// A value for each column, with which the sums begin; empty for none.
+    pub bias: &'a [f32],
+    /// The results are at least so large; what is not a number stays so.
+    pub low: f32,
+}
+
+impl Default for Ending<'_> {
+    fn default() -> Self {
+        Ending { bias: &[], low: f32::NEG_INFINITY }
+    }
+}
+
+/// As [`product`], for `m`, `n`, `k` in this order, with an ending. There is no bias where it accumulates.
+///
+/// # Panics
+/// As [`product`], and if the bias is shorter than `n`, or there is one where there must not be.
+pub fn finished_product(
+    out: &mut [f32],
+    out_stride: usize,
+    (m, n, k): (usize, usize, usize),
+    a: Operand<'_>,
+    b: Operand<'_>,
+    accumulate: bool,
+    ending: Ending<'_>,
+) {
     if m == 0 || n == 0 {
         return;
     }
     check_output(out, out_stride, m, n);
+    let with_bias = !ending.bias.is_empty();
+    assert!(!with_bias || (ending.bias.len() >= n && !accumulate), "the bias of a product does not fit");
     if k == 0 {
         if !accumulate {
             out.chunks_mut(out_stride.max(n)).take(m).for_each(|row| row[..n].fill(0.0));
         }
-        return;
+        return finish(out, out_stride, (m, n), ending);
     }
     assert!(a.holds(m, k) && b.holds(k, n), "{OPERAND}");
     let whole = Part {
@@ -100,6 +134,8 @@ pub fn product(
         out_row: out_stride,
         columns: n,
         accumulate,
+        bias: if with_bias { ending.bias.as_ptr() } else { std::ptr::null() },
+        low: ending.low,
     };
     let isa = isa();
     let along_k = k == 1 || (a.col_stride == 1 && b.row_stride == 1);
@@ -107,14 +143,41 @@ pub fn product(
     // SAFETY: all elements that `whole` names were found to be there, and each way stays within them; the output is
     // borrowed exclusively; `isa` is of this processor.
     unsafe {
-        if along_k && (n <= DOTS_MAX || (!row_major && m <= DOTS_MAX)) {
+        if along_k && n <= DOTS_MAX {
             dots(isa, m, Part { b_row: b.col_stride, ..whole });
+            finish(out, out_stride, (m, n), ending);
         } else if row_major && m <= LINE_MAX {
             lines(isa, m, whole);
         } else {
             blocks(isa, m, whole, b.col_stride);
         }
     }
+}
+
+/// The ending, in a pass of its own.
+fn finish(out: &mut [f32], stride: usize, sizes: (usize, usize), ending: Ending<'_>) {
+    let bias = if ending.bias.is_empty() { Bias::None } else { Bias::PerColumn(ending.bias) };
+    let activation = match ending.low {
+        f32::NEG_INFINITY => Activation::Identity,
+        0.0 => Activation::Relu,
+        low => Activation::Clip(low, f32::INFINITY),
+    };
+    epilogue::finish(out, stride, sizes, bias, activation);
+}
+
+/// A part of `k` steps from step `first` of a whole: the bias goes to the first one, what ends a sum to the last.
+fn steps(whole: &Part, first: usize, k: usize) -> Part {
+    Part {
+        k,
+        accumulate: whole.accumulate || first > 0,
+        low: if first + k == whole.k { whole.low } else { f32::NEG_INFINITY },
+        ..*whole
+    }
+}
+
+/// Where the bias of this column is.
+fn bias_of(whole: &Part, column: usize) -> *const f32 {
+    if whole.bias.is_null() { whole.bias } else { whole.bias.wrapping_add(column) }
 }
 
 const OPERAND: &str = "an operand of a product does not hold its elements";
@@ -151,7 +214,12 @@ unsafe fn dots(isa: &Isa, m: usize, whole: Part) {
 /// As for [`dots`].
 unsafe fn lines(isa: &Isa, m: usize, whole: Part) {
     let (mut start, mut accumulate) = (0, whole.accumulate);
-    if m == 1 && whole.columns > LINE_WIDTH {
+    if m == 1 && whole.columns > LINE_WIDTH && whole.low == f32::NEG_INFINITY {
+        if !whole.bias.is_null() {
+            // SAFETY: both have the columns of the product.
+            unsafe { std::ptr::copy_nonoverlapping(whole.bias, whole.out, whole.columns) };
+            accumulate = true;
+        }
         while start + SWEEP <= whole.k {
             // SAFETY: steps start..start + SWEEP of the product.
             unsafe {
@@ -174,7 +242,7 @@ unsafe fn lines(isa: &Isa, m: usize, whole: Part) {
     let width = LINE_VECTORS * isa.lanes;
     // Steps in the outer loop: with several passes over `b`, the later ones find it in the cache.
     for first in (start..whole.k).step_by(STEPS) {
-        let k = STEPS.min(whole.k - first);
+        let piece = steps(&whole, first, STEPS.min(whole.k - first));
         for column in (0..whole.columns).step_by(width) {
             let columns = width.min(whole.columns - column);
             let mut row = 0;
@@ -183,13 +251,13 @@ unsafe fn lines(isa: &Isa, m: usize, whole: Part) {
                 // SAFETY: a piece of the product.
                 unsafe {
                     (isa.lines[height - 1][columns.div_ceil(isa.lanes) - 1])(&Part {
-                        k,
                         a: whole.a.wrapping_add(row * whole.a_row + first * whole.a_col),
                         b: whole.b.add(first * whole.b_row + column),
                         out: whole.out.add(row * whole.out_row + column),
+                        bias: bias_of(&whole, column),
                         columns,
                         accumulate: accumulate || first > start,
-                        ..whole
+                        ..piece
                     });
                 }
                 row += height;
@@ -219,6 +287,7 @@ unsafe fn blocks(isa: &Isa, m: usize, whole: Part, b_col: usize) {
         }
         for first in (0..whole.k).step_by(STEPS) {
             let k = STEPS.min(whole.k - first);
+            let piece = steps(&whole, first, k);
             for column in (0..whole.columns).step_by(COPIED) {
                 let columns = COPIED.min(whole.columns - column);
                 for (panel, at) in (0..columns).step_by(width).enumerate() {
@@ -239,14 +308,13 @@ unsafe fn blocks(isa: &Isa, m: usize, whole: Part, b_col: usize) {
                                 isa,
                                 rows,
                                 Part {
-                                    k,
                                     a: whole.a.wrapping_add(row * whole.a_row + first * whole.a_col),
                                     b: scratch[panel * width * k..].as_ptr(),
                                     b_row: width,
                                     out: whole.out.add(row * whole.out_row + column + at),
+                                    bias: bias_of(&whole, column + at),
                                     columns: width.min(columns - at),
-                                    accumulate: whole.accumulate || first > 0,
-                                    ..whole
+                                    ..piece
                                 },
                             );
                         }
@@ -293,6 +361,8 @@ pub fn scattered_product(
         out_row: out_stride,
         columns: n,
         accumulate,
+        bias: std::ptr::null(),
+        low: f32::NEG_INFINITY,
     };
     // SAFETY: all elements that `whole` names were found to be there.
     unsafe { panels::<true>(isa, m, whole) }
@@ -306,7 +376,7 @@ unsafe fn panels<const AT: bool>(isa: &Isa, m: usize, whole: Part) {
     let vectors = if AT && m <= LINE_ROWS { LINE_VECTORS } else { VECTORS };
     let width = vectors * isa.lanes;
     for first in (0..whole.k).step_by(STEPS) {
-        let k = STEPS.min(whole.k - first);
+        let piece = steps(&whole, first, STEPS.min(whole.k - first));
         for row in (0..m).step_by(A_ROWS) {
             let rows = A_ROWS.min(m - row);
             for column in (0..whole.columns).step_by(width) {
@@ -321,14 +391,13 @@ unsafe fn panels<const AT: bool>(isa: &Isa, m: usize, whole: Part) {
                         isa,
                         rows,
                         Part {
-                            k,
                             a: whole.a.wrapping_add(row * whole.a_row + first * whole.a_col),
                             b: b.add(column),
                             offsets,
                             out: whole.out.add(row * whole.out_row + column),
+                            bias: bias_of(&whole, column),
                             columns: width.min(whole.columns - column),
-                            accumulate: whole.accumulate || first > 0,
-                            ..whole
+                            ..piece
                         },
                     );
                 }

@@ -115,3 +115,54 @@ fn transposes_of_any_size() {
         assert!((0..rows).all(|row| (0..columns).all(|column| place(row, column))), "{rows} x {columns}");
     }
 }
+
+#[test]
+fn rows_have_the_same_bits_in_any_company() {
+    at_each_level(|level| {
+        let mut random = Random::new(level as u64 + 31);
+        for round in 0..60 {
+            let m = if round % 12 == 0 { 1024 } else { random.between(2, 40) };
+            let (n, k) = ([1, 2, 3, 4, 5, 10, 17, 64, 100, 256, 300, 530][random.below(12)], random.between(1, 700));
+            let (n, k) = if m == 1024 { (n.min(100), k.min(100)) } else { (n, k) };
+            let (a, before) = (random.values(m * k), random.values(m * n));
+            let (b, b_row, b_col) = operand(&mut random, k, n);
+            let b = Operand { data: &b, row_stride: b_row, col_stride: b_col };
+            let bias = random.values(n);
+            let accumulate = random.below(2) == 0;
+            let bias = if accumulate || random.below(2) == 0 { &[][..] } else { &bias };
+            let ending = Ending { bias, low: [f32::NEG_INFINITY, 0.0][random.below(2)] };
+            let mut out = before.clone();
+            finished_product(&mut out, n, (m, n, k), Operand::row_major(&a, k), b, accumulate, ending);
+            for row in 0..m {
+                let mut alone = before[row * n..][..n].to_vec();
+                let a = Operand::row_major(&a[row * k..], k);
+                finished_product(&mut alone, n, (1, n, k), a, b, accumulate, ending);
+                assert_eq!(bits(&alone), bits(&out[row * n..][..n]), "row {row} of {m} x {n} x {k}, {level:?}");
+            }
+        }
+    });
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+#[test]
+fn endings_are_those_of_the_definition() {
+    at_each_level(|level| {
+        let mut random = Random::new(level as u64 + 41);
+        for _ in 0..200 {
+            let (m, n, k) =
+                (random.between(0, 30), random.between(0, 300), random.between(0, 40) * random.between(0, 20));
+            let (a, b, bias) = (random.values(m * k), random.values(k * n), random.values(n));
+            let low = [f32::NEG_INFINITY, 0.0, -0.5][random.below(3)];
+            let (left, right) = (Operand::row_major(&a, k), Operand::row_major(&b, n));
+            let mut out = random.values(m * n);
+            let mut expected = vec![0.0; m * n];
+            finished_product(&mut out, n, (m, n, k), left, right, false, Ending { bias: &bias, low });
+            reference(&mut expected, n, (m, n, k), left, right, false);
+            expected.iter_mut().enumerate().for_each(|(at, value)| *value = (*value + bias[at % n]).max(low));
+            close(&out, &expected, 1e-5 * k as f32 + 1e-6, &format!("{m} x {n} x {k}, at least {low}"));
+        }
+    });
+}

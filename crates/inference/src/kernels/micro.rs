@@ -11,6 +11,10 @@
 //!  a (1..=6) | sums in registers |  6 x 4 vectors for blocks, 3 x 8 for lines: rows that are so few that reading b is
 //!   rows     +----+----+----+----+  all the work, which goes best along whole rows of a tile
 //! ```
+//!
+//! Invariant: an element of the output is one chain of multiply-adds along k, from what was there before, or the bias, or 0,
+//! whatever the kernel, its height and width, and wherever k was cut. So its bits do not depend on how many rows
+//! are computed at a time. Dot products have an order of their own, which does not depend on their number either.
 #![allow(unsafe_code)] // Operands by pointer: their bounds were checked for the whole product (gemm.rs).
 #![allow(clippy::needless_range_loop)] // Loops over registers by number, as the drawing has them; all unroll.
 
@@ -52,6 +56,10 @@ pub(super) struct Part {
     pub columns: usize,
     /// Adds to the output instead of replacing it.
     pub accumulate: bool,
+    /// For blocks and lines that do not accumulate: a value for each column with which the sums begin; may be null.
+    pub bias: *const f32,
+    /// For blocks and lines: the sums are at least so large. What is not a number stays so.
+    pub low: f32,
 }
 
 /// Computes a part. Sound if all elements that the part names are there, the output's being nobody else's, and the
@@ -107,6 +115,24 @@ unsafe fn tile<L: Lanes, const R: usize, const V: usize, const AT: bool, const T
     // SAFETY: rows 0..R, steps 0..k and columns 0..(V - 1) * WIDTH + tail are those of the part.
     unsafe {
         let mut sums = [[L::splat(0.0); V]; R];
+        let some = |from: *const f32, v: usize| {
+            let from = from.wrapping_add(v * L::WIDTH);
+            if TAIL && v == V - 1 { L::load_some(from, tail) } else { L::load(from) }
+        };
+        if part.accumulate {
+            for r in 0..R {
+                for v in 0..V {
+                    sums[r][v] = some(part.out.wrapping_add(r * part.out_row), v);
+                }
+            }
+        } else if !part.bias.is_null() {
+            for v in 0..V {
+                let bias = some(part.bias, v);
+                for r in 0..R {
+                    sums[r][v] = bias;
+                }
+            }
+        }
         let (mut a, mut b) = (part.a, part.b);
         for step in 0..part.k {
             if AT {
@@ -132,15 +158,21 @@ unsafe fn tile<L: Lanes, const R: usize, const V: usize, const AT: bool, const T
                 b = b.wrapping_add(part.b_row);
             }
         }
+        if part.low > f32::NEG_INFINITY {
+            let (low, high) = (L::splat(part.low), L::splat(f32::INFINITY));
+            for r in 0..R {
+                for v in 0..V {
+                    sums[r][v] = sums[r][v].clamp(low, high);
+                }
+            }
+        }
         for r in 0..R {
             for v in 0..V {
                 let to = part.out.add(r * part.out_row + v * L::WIDTH);
                 let sum = sums[r][v];
                 if TAIL && v == V - 1 {
-                    let sum = if part.accumulate { sum.add(L::load_some(to, tail)) } else { sum };
                     sum.store_some(to, tail);
                 } else {
-                    let sum = if part.accumulate { sum.add(L::load(to)) } else { sum };
                     sum.store(to);
                 }
             }
@@ -177,13 +209,11 @@ unsafe fn sweep<L: Lanes>(part: &Part) {
         let mut column = 0;
         while column + L::WIDTH <= part.columns {
             let to = part.out.add(column);
-            let mut even = if part.accumulate { L::load(to) } else { L::splat(0.0) };
-            let mut odd = L::splat(0.0);
-            for step in (0..SWEEP).step_by(2) {
-                even = factors[step].fma(L::load(rows[step].add(column)), even);
-                odd = factors[step + 1].fma(L::load(rows[step + 1].add(column)), odd);
+            let mut sum = if part.accumulate { L::load(to) } else { L::splat(0.0) };
+            for step in 0..SWEEP {
+                sum = factors[step].fma(L::load(rows[step].add(column)), sum);
             }
-            even.add(odd).store(to);
+            sum.store(to);
             column += L::WIDTH;
         }
         let tail = part.columns - column;
