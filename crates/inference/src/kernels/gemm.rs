@@ -28,7 +28,7 @@ const LINE_MAX: usize = 6;
 /// Wider rows than this are swept: a line would touch a new page for each of its steps.
 const LINE_WIDTH: usize = 256;
 /// Most columns of dot products. That it is not chosen by rows keeps their results apart from their number.
-const DOTS_MAX: usize = 4;
+pub(super) const DOTS_MAX: usize = 4;
 /// Rows of `b` at least this many elements apart are copied before many rows of `a` are multiplied with them: the same
 /// column of them falls into few sets of the cache, and into as many pages as there are rows.
 const FAR: usize = 512;

@@ -48,7 +48,7 @@ use crate::weights::{self, BlockSource, StoredTensor};
 use crate::worker;
 use build::{Runnable, Template};
 use rows::{Rows, Work};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use tensor_blocks::Tiling;
@@ -400,5 +400,5 @@ fn contain<T>(step: &str, kind: ErrorKind, work: impl FnOnce() -> Result<T, Mode
     })
 }
 
-/// Sizes by name of dimension.
-type Bindings<'a> = HashMap<&'a str, usize>;
+/// Sizes by name of dimension, of which there are few.
+type Bindings<'a> = Vec<(&'a str, usize)>;

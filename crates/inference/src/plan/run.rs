@@ -1,16 +1,18 @@
 //! One run: inputs checked, executed operator by operator, outputs named.
 
 use super::Shapes;
+use super::blocks::RowChain;
 use super::build::Runnable;
 use super::runnable::check_dynamic;
 use super::spill::Spills;
 use super::{Bindings, CompileOptions};
 use crate::error::ModelError;
-use crate::signature::{Dim, Port, Signature};
-use crate::tensor::HostTensor;
+use crate::signature::{Dim, Port, PortType, Signature};
+use crate::tensor::{HostTensor, TensorData};
 use crate::weights;
 use crate::worker::cancelled;
 use std::sync::atomic::{AtomicBool, Ordering};
+use tensor_blocks::DType;
 use tract_onnx::tract_core::plan::eval;
 use tract_onnx::tract_hir::internal::*;
 
@@ -74,7 +76,11 @@ fn check_input<'a>(port: &'a Port, tensor: &HostTensor, bindings: &mut Bindings<
                 return Err(wrong(format!("dimension {axis} of input \"{name}\" must be {wanted}, not {size}")));
             }
             Dim::Symbol(symbol) => {
-                let bound = *bindings.entry(symbol).or_insert(size);
+                let held = bindings.iter().find(|(name, _)| name == symbol).map(|&(_, size)| size);
+                let bound = held.unwrap_or_else(|| {
+                    bindings.push((symbol, size));
+                    size
+                });
                 if bound != size {
                     return Err(wrong(format!("dimension {axis} of input \"{name}\" must be {bound}, not {size}"))
                         .hint(format!("The dimension \"{symbol}\" has one size for all inputs of a run.")));
@@ -96,6 +102,11 @@ pub(super) fn run(
     cancel: &AtomicBool,
 ) -> Result<Vec<(String, HostTensor)>, ModelError> {
     runnable.demand(shapes)?;
+    if let (Some(chain), [input]) = (&runnable.direct, &*inputs)
+        && let Some(done) = run_directly(chain, input, signature, cancel)
+    {
+        return done;
+    }
     let values = inputs
         .iter()
         .enumerate()
@@ -148,6 +159,36 @@ pub(super) fn run(
             Ok((port.name.clone(), tensor))
         })
         .collect()
+}
+
+/// Runs a graph that is one operator on rows where they lie, without the engine. None where it has to be in the way.
+fn run_directly(
+    chain: &RowChain,
+    input: &HostTensor,
+    signature: &Signature,
+    cancel: &AtomicBool,
+) -> Option<Result<Vec<(String, HostTensor)>, ModelError>> {
+    let ([port], TensorData::Raw(bytes)) = (&*signature.outputs, &input.data) else { return None };
+    let float32 = PortType::Fixed(DType::Float32);
+    if input.dtype != float32 || port.dtype != float32 || input.len().checked_mul(size_of::<f32>()) != Some(bytes.len())
+    {
+        return None;
+    }
+    let x: &[f32] = bytemuck::try_cast_slice(bytes).ok()?;
+    let (k, n) = chain.widths();
+    let m = x.len() / k;
+    let shape = chain.output_shape::<usize>(&input.shape).to_vec();
+    if m * k != x.len() || shape.iter().product::<usize>() != m * n {
+        return None;
+    }
+    let mut raw = vec![0u8; m * n * size_of::<f32>()];
+    let out: &mut [f32] = bytemuck::try_cast_slice_mut(&mut raw).ok()?;
+    if cancel.load(Ordering::Relaxed) {
+        return Some(Err(cancelled()));
+    }
+    let done = chain.run(x, m, out).map_err(|error| super::blocks::carried(&error).unwrap_or_else(|| failed(&error)));
+    let output = HostTensor { dtype: float32, shape, data: TensorData::Raw(raw) };
+    Some(done.map(|()| vec![(port.name.clone(), output)]))
 }
 
 fn failed(error: &TractError) -> ModelError {

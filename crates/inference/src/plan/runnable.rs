@@ -2,6 +2,7 @@
 //!
 //! Responsible for: memory and cost of a run, known from the shapes before it starts.
 
+use super::blocks::RowChain;
 use super::names::Names;
 use super::{CompileOptions, Shapes};
 use crate::error::ModelError;
@@ -55,6 +56,8 @@ impl Step {
 /// A compiled form of a model.
 pub(super) struct Runnable {
     pub plan: Arc<TypedSimplePlan>,
+    /// The only operator of the graph, if it is one on rows.
+    pub direct: Option<RowChain>,
     names: Names,
     /// The inputs whose values are compiled in: a run does not give them.
     pub bound: Vec<usize>,
@@ -110,7 +113,8 @@ impl Runnable {
             let spill_axes = super::spill::spill_axes(model, node);
             steps.push(Step { node: id, values, work, spill_axes, dynamic: dynamic[id] });
         }
-        Ok(Runnable { plan, names, bound, steps, dynamic, limit: options.memory_limit, last: Mutex::new(None) })
+        let direct = if bound.is_empty() { only_chain(model) } else { None };
+        Ok(Runnable { plan, direct, names, bound, steps, dynamic, limit: options.memory_limit, last: Mutex::new(None) })
     }
 
     /// Sizes of the free dimensions.
@@ -189,6 +193,14 @@ impl Runnable {
     pub fn is_heavy(&self, shapes: &Shapes) -> bool {
         self.demand(shapes).map_or(true, |demand| demand.nanoseconds > HEAVY_NANOSECONDS)
     }
+}
+
+/// The operator on rows that takes the graph's only input and gives its only output.
+fn only_chain(model: &TypedModel) -> Option<RowChain> {
+    let (&[input], &[output]) = (&*model.inputs, &*model.outputs) else { return None };
+    let node = &model.nodes[output.node];
+    let chain = node.op_as::<RowChain>()?;
+    (*node.inputs == [input]).then(|| chain.clone())
 }
 
 /// Bytes of a value: 0 where they depend on data, none where they do not fit.

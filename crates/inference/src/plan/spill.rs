@@ -14,7 +14,7 @@
 //! Invariants: a spilled value is represented in tract's turn by an empty tensor, which no operator ever gets; the shape of
 //! every piece that an operator makes is compared with what it must be; files are dropped with the last use of their value.
 
-use super::blocks::{BlockProduct, carry};
+use super::blocks::{BlockProduct, RowChain, carry};
 use super::conv::Convolution;
 use super::runnable::beyond_limit;
 use super::sum::WideSum;
@@ -131,6 +131,9 @@ pub(super) fn sliced_inputs(
     }
     if let Some(product) = node.op_as::<BlockProduct>() {
         return product.input_axis_of(axis).map(|axis| tvec!(Some(axis)));
+    }
+    if let Some(chain) = node.op_as::<RowChain>() {
+        return chain.input_axis_of(axis).map(|axis| tvec!(Some(axis)));
     }
     if let Some(convolution) = node.op_as::<Convolution>() {
         return convolution.sliced_inputs(axis);

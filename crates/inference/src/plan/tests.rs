@@ -10,6 +10,7 @@ use tract_onnx::pb::*;
 
 mod layers;
 mod numbers;
+mod products;
 mod refused;
 mod rows;
 mod spilled;

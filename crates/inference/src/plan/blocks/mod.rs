@@ -1,12 +1,15 @@
 //! Operators that compute on blocks instead of on constants of the plan.
 //!
 //! Responsible for: [`StoredConst`], which stands for a stored tensor while a graph is compiled, and [`replace`], which
-//! exchanges the operators that use one for block operators. A stored tensor with a use that no block operator has is
+//! exchanges the operators that use one for block operators. Products with smaller constants become the same operators,
+//! which then hold their matrix ([`held`]), and rows of such operators one ([`chain`]). A stored tensor with a use that no block operator has is
 //! told by its ordinal, and the graph is compiled again with that tensor inline.
 //!
 //! Invariant: no [`StoredConst`] is left in a graph that runs.
 
+mod chain;
 mod fuse;
+mod held;
 mod lookup;
 mod product;
 mod view;
@@ -15,13 +18,15 @@ use crate::error::ModelError;
 use crate::tensor::{engine_of_dtype, engine_tensor};
 use crate::weights::{StoredTensor, for_each_block};
 use std::collections::BTreeSet;
+use tensor_blocks::DType;
 use tract_onnx::tract_core::ops::array::Gather;
 use tract_onnx::tract_core::ops::einsum::EinSum;
 use tract_onnx::tract_core::ops::konst::Const;
 use tract_onnx::tract_hir::internal::*;
 use view::StoredView;
 
-pub(super) use product::BlockProduct;
+pub(super) use chain::RowChain;
+pub(super) use product::{BlockProduct, Matrix};
 
 pub(in crate::plan) use lookup::short_block;
 
@@ -109,13 +114,15 @@ pub(super) fn replace(model: &mut TypedModel) -> TractResult<BTreeSet<u32>> {
         .filter_map(|node| node.op_as::<StoredConst>().map(|stored| (node.id, stored.tensor.clone())))
         .collect();
     for (id, tensor) in stored {
-        let view = StoredView::of(&tensor);
+        let view = StoredView::of(&tensor.dims);
         if !replace_users(model, OutletId::new(id, 0), &tensor, &view)? {
             inline.insert(tensor.ordinal);
         }
     }
     if inline.is_empty() {
+        held::replace(model)?;
         fuse::fuse(model)?;
+        chain::place(model)?;
         model.compact()?;
         if let Some(node) = model.nodes.iter().find(|node| node.op_is::<StoredConst>()) {
             bail!("a stored tensor is left: {}", node.name);
@@ -176,7 +183,13 @@ fn replace_users(
             match node.inputs.get(other) {
                 Some(&input) if node.inputs.len() == 2 && input != outlet => {
                     let fact = model.outlet_fact(input)?;
-                    product::product(einsum, inlet.slot, fact, tensor, view)
+                    let fits = tensor.dtype() == DType::Float32 && !tensor.dims.contains(&0);
+                    view::matrix_axes(tensor)
+                        .filter(|_| fits)
+                        .and_then(|axes| {
+                            let matrix = |transposed| Matrix::Stored(tensor.clone(), transposed);
+                            product::product(einsum, inlet.slot, fact, view, axes, matrix)
+                        })
                         .map(|op| (Box::new(op) as Box<dyn TypedOp>, input))
                 }
                 _ => None,

@@ -1,4 +1,5 @@
-//! Products with a stored matrix: MatMul, Gemm, EinSum with one constant side, fully connected layers.
+//! Products with a constant matrix: MatMul, Gemm, EinSum with one constant side, fully connected layers. The matrix lies in
+//! blocks, or the operator holds it, ready for the kernel.
 //!
 //! ```text
 //!   x (M x K)  times  the stored matrix (K x N, or N x K)  =  out (M x N)
@@ -6,26 +7,36 @@
 //!   blocks are walked by groups of columns of the output, along K within a group, so that the part of the output that
 //!   is summed up stays in the processor's cache
 //! ```
+//!
+//! Invariant: a row of the output has the same bits whatever other rows there are: each element is summed up in the order of
+//! K, block by block.
 
 use super::carry;
 use super::lookup::short_block;
-use super::view::{Part, StoredView, matrix_axes};
+use super::view::{MatrixAxes, Part, StoredView};
+use crate::kernels::dense::Dense;
 use crate::kernels::epilogue::{self, Activation, Bias};
 use crate::kernels::gemm::{self, Operand};
 use crate::weights::{StoredTensor, for_each_block};
-use tensor_blocks::DType;
 use tract_onnx::tract_core::ops::einsum::EinSum;
 use tract_onnx::tract_hir::internal::*;
 
 /// Bytes of output that are summed up at a time: about an L2 cache.
 const OUTPUT_BYTES: usize = 1 << 20;
 
-/// The product of an input with a stored matrix.
+/// Where a matrix is.
+#[derive(Clone, Debug, PartialEq)]
+pub(in crate::plan) enum Matrix {
+    /// In blocks; with true, its rows are the output's columns: out = x * matrix^T.
+    Stored(StoredTensor, bool),
+    /// Here, K x N.
+    Held(Arc<Dense>),
+}
+
+/// The product of an input with a constant matrix.
 #[derive(Clone, Debug, PartialEq)]
 pub(in crate::plan) struct BlockProduct {
-    pub tensor: StoredTensor,
-    /// True where the matrix's rows are the output's columns: out = x * matrix^T.
-    pub transposed: bool,
+    pub matrix: Matrix,
     /// The input's axes in the order that makes it M x K.
     pub input_order: TVec<usize>,
     /// How many of `input_order` are the axes of M.
@@ -42,22 +53,20 @@ pub(in crate::plan) struct BlockProduct {
 
 impl Eq for BlockProduct {}
 
-/// The operator for `einsum` whose input `slot` is a view of a stored tensor, the other one being of this fact.
+/// The operator for `einsum` whose input `slot` is a view of a float32 constant, the other one being of this fact. `matrix` is
+/// asked for the constant's matrix of these axes, or with true for its transpose.
 pub(super) fn product(
     einsum: &EinSum,
     slot: usize,
     input: &TypedFact,
-    tensor: &StoredTensor,
     view: &StoredView,
+    (rows, cols): MatrixAxes,
+    matrix: impl FnOnce(bool) -> Matrix,
 ) -> Option<BlockProduct> {
     let f32 = f32::datum_type();
     if einsum.q_params.is_some() || einsum.operating_dt != f32 || input.datum_type != f32 {
         return None;
     }
-    if tensor.dtype() != DType::Float32 || tensor.dims.contains(&0) {
-        return None;
-    }
-    let (rows, cols) = matrix_axes(tensor)?;
     // Axes of the input that are summed over, with the stored axis of each; axes of N likewise, with the output's axis.
     let mut summed: TVec<(usize, Part)> = tvec!();
     let mut kept: TVec<(usize, Part)> = tvec!();
@@ -106,8 +115,7 @@ pub(super) fn product(
         *output_order.get_mut(out)? = Some(visible + place);
     }
     Some(BlockProduct {
-        tensor: tensor.clone(),
-        transposed,
+        matrix: matrix(transposed),
         input_order: leading
             .iter()
             .map(|&(theirs, _)| theirs)
@@ -123,12 +131,22 @@ pub(super) fn product(
 
 impl BlockProduct {
     /// K and N.
-    fn inner(&self) -> (usize, usize) {
-        let (rows, cols) = (self.tensor.tiling.rows() as usize, self.tensor.tiling.cols() as usize);
-        if self.transposed { (cols, rows) } else { (rows, cols) }
+    pub fn inner(&self) -> (usize, usize) {
+        match &self.matrix {
+            Matrix::Held(dense) => dense.sizes(),
+            Matrix::Stored(tensor, transposed) => {
+                let (rows, cols) = (tensor.tiling.rows() as usize, tensor.tiling.cols() as usize);
+                if *transposed { (cols, rows) } else { (rows, cols) }
+            }
+        }
     }
 
-    fn output_shape<D: DimLike>(&self, input: &[D]) -> TVec<D> {
+    /// True where the input, as it lies in memory, is rows of K, and the output rows of N.
+    pub fn is_row_by_row(&self) -> bool {
+        self.input_order.is_sorted() && self.output_lies_right()
+    }
+
+    pub fn output_shape<D: DimLike>(&self, input: &[D]) -> TVec<D> {
         self.output_order
             .iter()
             .map(|place| match *place {
@@ -150,57 +168,71 @@ impl BlockProduct {
         self.output_order.iter().flatten().is_sorted()
     }
 
-    /// Numbers of the blocks in the order in which they are used for M rows.
-    fn walk(&self, m: usize) -> Vec<u32> {
-        let tiling = &self.tensor.tiling;
-        let (block_rows, block_cols) = (tiling.block_rows(), tiling.block_cols());
-        if self.transposed {
-            return (0..block_rows * block_cols).collect();
-        }
-        let column_bytes = (m * tiling.tile_cols() as usize * size_of::<f32>()).max(1);
-        let group = (OUTPUT_BYTES / column_bytes).clamp(1, block_cols.max(1) as usize);
-        let mut walk = Vec::with_capacity((block_rows * block_cols) as usize);
-        for first in (0..block_cols).step_by(group) {
-            let group = first..block_cols.min(first + group as u32);
-            for block_row in 0..block_rows {
-                walk.extend(group.clone().map(|block_col| block_row * block_cols + block_col));
-            }
-        }
-        walk
-    }
-
-    fn multiply(&self, x: &[f32], m: usize, out: &mut [f32]) -> TractResult<()> {
+    pub fn multiply(&self, x: &[f32], m: usize, out: &mut [f32]) -> TractResult<()> {
         let (k, n) = self.inner();
-        let tiling = &self.tensor.tiling;
-        let block_cols = tiling.block_cols();
-        let walk = self.walk(m);
-        carry(for_each_block(&self.tensor, &walk, |at, block| {
-            let number = walk[at];
-            let tile =
-                tiling.tile(number / block_cols, number % block_cols).ok_or_else(|| short_block(&self.tensor))?;
-            let (row0, col0) = (tile.row0 as usize, tile.col0 as usize);
-            let (rows, cols) = (tile.rows as usize, tile.cols as usize);
-            let elements: &[f32] = bytemuck::try_cast_slice(block).map_err(|_| short_block(&self.tensor))?;
-            if elements.len() != rows * cols {
-                return Err(short_block(&self.tensor));
+        let bias = match &self.bias {
+            Some(bias) => bias.try_as_plain_ram()?.as_slice::<f32>()?,
+            None => &[],
+        };
+        match &self.matrix {
+            Matrix::Held(dense) => dense.apply(x, m, out, bias, self.activation),
+            Matrix::Stored(tensor, transposed) => {
+                multiply_stored(tensor, *transposed, x, (m, n, k), out)?;
+                let bias = if bias.is_empty() { Bias::None } else { Bias::PerColumn(bias) };
+                epilogue::finish(out, n, (m, n), bias, self.activation);
             }
-            if self.transposed {
-                let x = Operand::row_major(&x[col0..], k);
-                gemm::product(&mut out[row0..], n, m, rows, cols, x, Operand::transposed(elements, cols), col0 > 0);
-            } else {
-                let x = Operand::row_major(&x[row0..], k);
-                gemm::product(&mut out[col0..], n, m, cols, rows, x, Operand::row_major(elements, cols), row0 > 0);
-            }
-            Ok(())
-        }))?;
-        if let Some(bias) = &self.bias {
-            let bias = bias.try_as_plain_ram()?;
-            epilogue::finish(out, n, (m, n), Bias::PerColumn(bias.as_slice::<f32>()?), self.activation);
-        } else {
-            epilogue::activate(out, self.activation);
         }
         Ok(())
     }
+}
+
+fn multiply_stored(
+    tensor: &StoredTensor,
+    transposed: bool,
+    x: &[f32],
+    (m, n, k): (usize, usize, usize),
+    out: &mut [f32],
+) -> TractResult<()> {
+    let tiling = &tensor.tiling;
+    let block_cols = tiling.block_cols();
+    let walk = walk(tensor, transposed, m);
+    carry(for_each_block(tensor, &walk, |at, block| {
+        let number = walk[at];
+        let tile = tiling.tile(number / block_cols, number % block_cols).ok_or_else(|| short_block(tensor))?;
+        let (row0, col0) = (tile.row0 as usize, tile.col0 as usize);
+        let (rows, cols) = (tile.rows as usize, tile.cols as usize);
+        let elements: &[f32] = bytemuck::try_cast_slice(block).map_err(|_| short_block(tensor))?;
+        if elements.len() != rows * cols {
+            return Err(short_block(tensor));
+        }
+        if transposed {
+            let x = Operand::row_major(&x[col0..], k);
+            gemm::product(&mut out[row0..], n, m, rows, cols, x, Operand::transposed(elements, cols), col0 > 0);
+        } else {
+            let x = Operand::row_major(&x[row0..], k);
+            gemm::product(&mut out[col0..], n, m, cols, rows, x, Operand::row_major(elements, cols), row0 > 0);
+        }
+        Ok(())
+    }))
+}
+
+/// Numbers of the blocks in the order in which they are used for M rows.
+fn walk(tensor: &StoredTensor, transposed: bool, m: usize) -> Vec<u32> {
+    let tiling = &tensor.tiling;
+    let (block_rows, block_cols) = (tiling.block_rows(), tiling.block_cols());
+    if transposed {
+        return (0..block_rows * block_cols).collect();
+    }
+    let column_bytes = (m * tiling.tile_cols() as usize * size_of::<f32>()).max(1);
+    let group = (OUTPUT_BYTES / column_bytes).clamp(1, block_cols.max(1) as usize);
+    let mut walk = Vec::with_capacity((block_rows * block_cols) as usize);
+    for first in (0..block_cols).step_by(group) {
+        let group = first..block_cols.min(first + group as u32);
+        for block_row in 0..block_rows {
+            walk.extend(group.clone().map(|block_col| block_row * block_cols + block_col));
+        }
+    }
+    walk
 }
 
 impl Op for BlockProduct {

@@ -26,10 +26,10 @@ pub(super) struct StoredView {
 }
 
 impl StoredView {
-    /// The tensor as it is stored.
-    pub fn of(tensor: &StoredTensor) -> StoredView {
-        let axes = tensor.dims.iter().enumerate().map(|(at, &size)| Axis { part: Some((at, 0)), size }).collect();
-        StoredView { axes, rank: tensor.dims.len() }
+    /// The tensor of these dimensions as it is stored.
+    pub fn of(dims: &[usize]) -> StoredView {
+        let axes = dims.iter().enumerate().map(|(at, &size)| Axis { part: Some((at, 0)), size }).collect();
+        StoredView { axes, rank: dims.len() }
     }
 
     /// The view after a change; none if it mixes axes.
@@ -88,8 +88,11 @@ impl StoredView {
     }
 }
 
-/// The stored axes that walk the rows and the columns of the matrix, outermost first.
-pub(super) fn matrix_axes(tensor: &StoredTensor) -> Option<(TVec<usize>, TVec<usize>)> {
+/// Axes of a tensor that walk the rows and the columns of a matrix, outermost first.
+pub(super) type MatrixAxes = (TVec<usize>, TVec<usize>);
+
+/// The stored axes that walk the rows and the columns of the matrix.
+pub(super) fn matrix_axes(tensor: &StoredTensor) -> Option<MatrixAxes> {
     let rank = tensor.dims.len();
     if tensor.dtype().is_packed() || rank == 0 {
         return None;
