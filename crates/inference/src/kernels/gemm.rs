@@ -15,6 +15,7 @@
 
 use super::epilogue::{self, Activation, Bias};
 use super::micro::{DOTS, Isa, LINE_ROWS, LINE_VECTORS, Part, ROWS, SWEEP, VECTORS, isa};
+use super::turn::copy_panel;
 use std::cell::RefCell;
 
 /// Steps of k that are taken at a time: a piece of `b` as wide as a block stays in L1 or near it.
@@ -25,6 +26,8 @@ const A_ROWS: usize = 240;
 const COPIED: usize = 512;
 /// Most rows that lines are taken for: the time is that of reading `b`.
 const LINE_MAX: usize = 6;
+/// Most rows for which the time is, in part, that of bringing `b` from memory.
+const FETCHED_MAX: usize = 96;
 /// Wider rows than this are swept: a line would touch a new page for each of its steps.
 const LINE_WIDTH: usize = 256;
 /// Most columns of dot products. That it is not chosen by rows keeps their results apart from their number.
@@ -55,7 +58,7 @@ impl<'a> Operand<'a> {
         Operand { data, row_stride: 1, col_stride: row_stride }
     }
 
-    fn holds(&self, rows: usize, cols: usize) -> bool {
+    pub(super) fn holds(&self, rows: usize, cols: usize) -> bool {
         let last = |count: usize, stride: usize| (count - 1).checked_mul(stride);
         let end = || last(rows, self.row_stride)?.checked_add(last(cols, self.col_stride)?);
         end().is_some_and(|end| end < self.data.len())
@@ -136,6 +139,7 @@ pub fn finished_product(
         accumulate,
         bias: if with_bias { ending.bias.as_ptr() } else { std::ptr::null() },
         low: ending.low,
+        ahead: b.col_stride == 1 && m <= FETCHED_MAX,
     };
     let isa = isa();
     let along_k = k == 1 || (a.col_stride == 1 && b.row_stride == 1);
@@ -180,9 +184,9 @@ fn bias_of(whole: &Part, column: usize) -> *const f32 {
     if whole.bias.is_null() { whole.bias } else { whole.bias.wrapping_add(column) }
 }
 
-const OPERAND: &str = "an operand of a product does not hold its elements";
+pub(super) const OPERAND: &str = "an operand of a product does not hold its elements";
 
-fn check_output(out: &[f32], stride: usize, m: usize, n: usize) {
+pub(super) fn check_output(out: &[f32], stride: usize, m: usize, n: usize) {
     let end = (m - 1).checked_mul(stride).and_then(|start| start.checked_add(n));
     assert!(end.is_some_and(|end| end <= out.len()), "the output of a product does not hold its elements");
     assert!(m == 1 || stride >= n, "rows of the output of a product overlap");
@@ -257,6 +261,7 @@ unsafe fn lines(isa: &Isa, m: usize, whole: Part) {
                         bias: bias_of(&whole, column),
                         columns,
                         accumulate: accumulate || first > start,
+                        ahead: row == 0,
                         ..piece
                     });
                 }
@@ -363,6 +368,7 @@ pub fn scattered_product(
         accumulate,
         bias: std::ptr::null(),
         low: f32::NEG_INFINITY,
+        ahead: false,
     };
     // SAFETY: all elements that `whole` names were found to be there.
     unsafe { panels::<true>(isa, m, whole) }
@@ -427,103 +433,12 @@ unsafe fn panel_of_rows<const AT: bool>(isa: &Isa, m: usize, whole: Part) {
             kernel(&Part {
                 a: whole.a.wrapping_add(row * whole.a_row),
                 out: whole.out.add(row * whole.out_row),
+                // The first rows bring it near for the others.
+                ahead: whole.ahead && row == 0,
                 ..whole
             });
         }
         row += height;
-    }
-}
-
-/// Copies `k` rows of `count` columns, to rows that are `width` apart.
-///
-/// # Safety
-/// The elements are there, by these strides.
-unsafe fn copy_panel(
-    to: &mut [f32],
-    width: usize,
-    k: usize,
-    count: usize,
-    from: *const f32,
-    row_stride: usize,
-    col_stride: usize,
-) {
-    if col_stride == 1 {
-        for (step, line) in to.chunks_exact_mut(width).take(k).enumerate() {
-            // SAFETY: `count` contiguous elements of this row.
-            line[..count].copy_from_slice(unsafe { std::slice::from_raw_parts(from.add(step * row_stride), count) });
-        }
-        return;
-    }
-    // Squares, so that neither side leaves the lines of the cache that it has touched.
-    for step in (0..k).step_by(EDGE) {
-        let steps = EDGE.min(k - step);
-        for column in (0..count).step_by(EDGE) {
-            let columns = EDGE.min(count - column);
-            let square = &mut to[step * width + column..];
-            // SAFETY: elements of the piece; a whole square of rows that are contiguous along k for `turn`.
-            unsafe {
-                let start = from.add(step * row_stride + column * col_stride);
-                if row_stride == 1 && steps == EDGE && columns == EDGE {
-                    turn(&mut square[..(EDGE - 1) * width + EDGE], width, start, col_stride);
-                    continue;
-                }
-                for row in 0..steps {
-                    for place in 0..columns {
-                        square[row * width + place] = *start.add(row * row_stride + place * col_stride);
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Transposes a matrix of `rows` x `columns`: `to[column * to_stride + row] = from[row * from_stride + column]`.
-///
-/// # Panics
-/// If a slice does not hold its elements, or rows of `to` overlap.
-pub fn transpose(to: &mut [f32], to_stride: usize, from: &[f32], from_stride: usize, (rows, columns): (usize, usize)) {
-    if rows == 0 || columns == 0 {
-        return;
-    }
-    check_output(to, to_stride, columns, rows);
-    assert!(Operand::row_major(from, from_stride).holds(rows, columns), "{OPERAND}");
-    // The last row of `to` may end before its stride does.
-    let (most, last) = to.split_at_mut((columns - 1) * to_stride);
-    // SAFETY: the elements were found to be there.
-    unsafe {
-        copy_panel(most, to_stride, columns - 1, rows, from.as_ptr(), 1, from_stride);
-        copy_panel(&mut last[..rows], rows, 1, rows, from.as_ptr().add(columns - 1), 1, from_stride);
-    }
-}
-
-/// Edge of the squares in which operands are transposed.
-const EDGE: usize = 4;
-
-/// Transposes a square: `EDGE` lines that are `stride` apart become rows that are `width` apart.
-///
-/// # Safety
-/// The lines are there.
-#[inline(always)]
-unsafe fn turn(to: &mut [f32], width: usize, from: *const f32, stride: usize) {
-    assert!(to.len() > (EDGE - 1) * width + EDGE - 1);
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: SSE is in the baseline; the lines are there; four rows of `to` were checked.
-    unsafe {
-        use std::arch::x86_64::*;
-        let line = |place: usize| _mm_loadu_ps(from.add(place * stride));
-        let (mut a, mut b, mut c, mut d) = (line(0), line(1), line(2), line(3));
-        _MM_TRANSPOSE4_PS(&mut a, &mut b, &mut c, &mut d);
-        let to = to.as_mut_ptr();
-        for (row, value) in [a, b, c, d].into_iter().enumerate() {
-            _mm_storeu_ps(to.add(row * width), value);
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    for row in 0..EDGE {
-        for place in 0..EDGE {
-            // SAFETY: the lines are there.
-            to[row * width + place] = unsafe { *from.add(place * stride + row) };
-        }
     }
 }
 

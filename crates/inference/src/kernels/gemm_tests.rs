@@ -103,20 +103,6 @@ fn scattered_rows_are_those_at_their_offsets() {
 }
 
 #[test]
-fn transposes_of_any_size() {
-    let mut random = Random::new(4);
-    for _ in 0..100 {
-        let (rows, columns) = (random.between(1, 30), random.between(1, 30));
-        let (to_stride, from_stride) = (rows + random.below(3), columns + random.below(3));
-        let from = random.values((rows - 1) * from_stride + columns);
-        let mut to = vec![0.0; (columns - 1) * to_stride + rows];
-        transpose(&mut to, to_stride, &from, from_stride, (rows, columns));
-        let place = |row: usize, column: usize| to[column * to_stride + row] == from[row * from_stride + column];
-        assert!((0..rows).all(|row| (0..columns).all(|column| place(row, column))), "{rows} x {columns}");
-    }
-}
-
-#[test]
 fn rows_have_the_same_bits_in_any_company() {
     at_each_level(|level| {
         let mut random = Random::new(level as u64 + 31);

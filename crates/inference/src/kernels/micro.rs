@@ -60,6 +60,8 @@ pub(super) struct Part {
     pub bias: *const f32,
     /// For blocks and lines: the sums are at least so large. What is not a number stays so.
     pub low: f32,
+    /// For blocks and lines: rows of `b` come from memory, and are fetched ahead of their use.
+    pub ahead: bool,
 }
 
 /// Computes a part. Sound if all elements that the part names are there, the output's being nobody else's, and the
@@ -137,7 +139,7 @@ unsafe fn tile<L: Lanes, const R: usize, const V: usize, const AT: bool, const T
         for step in 0..part.k {
             if AT {
                 b = part.b.add(*part.offsets.add(step));
-            } else if R <= LINE_ROWS {
+            } else if part.ahead {
                 // Few rows wait for memory, and what fetches ahead by itself starts anew with each row of a tile.
                 ahead::<V>(b.wrapping_add(AHEAD.wrapping_mul(part.b_row)), L::WIDTH);
             }

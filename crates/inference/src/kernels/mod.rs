@@ -12,7 +12,7 @@
 //!   recurrent layer) has the same bits whatever other rows are computed with it: kernels are chosen by the other sizes, or
 //!   compute the same sums in the same order; functions of one value give the same bits in a vector and alone, because
 //!   the compiler may neither reorder nor fuse their steps;
-//! - `unsafe` is confined to [`lanes`], [`levels`], [`micro`], [`rows`], [`depthwise`], [`gemm`] and
+//! - `unsafe` is confined to [`lanes`], [`levels`], [`micro`], [`rows`], [`depthwise`], [`gemm`], [`turn`] and
 //!   [`epilogue`], behind functions that check
 //!   what they are given once.
 
@@ -27,6 +27,7 @@ mod micro;
 pub mod normal;
 pub mod recurrent;
 mod rows;
+pub mod turn;
 
 #[cfg(test)]
 pub(crate) mod tests;

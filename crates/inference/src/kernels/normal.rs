@@ -109,14 +109,36 @@ for_levels! {
 }
 
 for_levels! {
-    /// `out = a + b`, all of one length.
+    /// `values += added`.
     ///
     /// # Panics
-    /// If `a` or `b` is shorter than `out`.
-    add(out: &mut [f32], a: &[f32], b: &[f32]) {
-        let count = out.len();
-        for ((out, a), b) in out.iter_mut().zip(&a[..count]).zip(&b[..count]) {
-            *out = a + b;
+    /// If `added` is shorter than `values`.
+    add(values: &mut [f32], added: &[f32]) {
+        let added = &added[..values.len()];
+        for (value, added) in values.iter_mut().zip(added) {
+            *value += added;
+        }
+    }
+}
+
+for_levels! {
+    /// `values = values * factor + term`.
+    scale(values: &mut [f32], factor: f32, term: f32) {
+        for value in values {
+            *value = *value * factor + term;
+        }
+    }
+}
+
+for_levels! {
+    /// `values = values * factor + added`.
+    ///
+    /// # Panics
+    /// If `added` is shorter than `values`.
+    scale_and_add(values: &mut [f32], factor: f32, added: &[f32]) {
+        let added = &added[..values.len()];
+        for (value, added) in values.iter_mut().zip(added) {
+            *value = *value * factor + added;
         }
     }
 }
@@ -189,8 +211,11 @@ mod tests {
             softmax(&mut row, 20);
             assert!(row.iter().all(|value| value.is_nan()), "{never}");
         }
-        let mut out = [0.0; 3];
-        add(&mut out, &[1.0, 2.0, 3.0], &[0.5; 3]);
-        assert_eq!(out, [1.5, 2.5, 3.5]);
+        let mut values = [1.0, 2.0, 3.0];
+        add(&mut values, &[0.5; 3]);
+        scale(&mut values, 2.0, 1.0);
+        assert_eq!(values, [4.0, 6.0, 8.0]);
+        scale_and_add(&mut values, 0.5, &[1.0, 0.0, -1.0]);
+        assert_eq!(values, [3.0, 3.0, 3.0]);
     }
 }

@@ -356,6 +356,8 @@ fn simplified(mut typed: TypedModel, options: &CompileOptions, cancel: &AtomicBo
     super::conv::fuse(&mut typed).map_err(|error| failure("fusing the convolutions", &error))?;
     super::sum::place(&mut typed);
     place_on_blocks(&mut typed, options.memory_limit)?;
+    super::norm::fuse(&mut typed).map_err(|error| failure("fusing the normalisations", &error))?;
+    super::attention::fuse(&mut typed).map_err(|error| failure("fusing the attention", &error))?;
     proceed(cancel)?;
     Ok(typed)
 }

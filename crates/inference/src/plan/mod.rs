@@ -13,6 +13,7 @@
 //! - a plan is immutable but for its cache of specialisations, and may be used by several threads.
 
 mod analyse;
+mod attention;
 mod blocks;
 mod branch;
 mod build;
@@ -22,6 +23,7 @@ mod conv;
 mod legacy;
 mod modulo;
 mod names;
+mod norm;
 mod ops;
 mod passes;
 mod prepare;

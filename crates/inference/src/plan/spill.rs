@@ -14,8 +14,10 @@
 //! Invariants: a spilled value is represented in tract's turn by an empty tensor, which no operator ever gets; the shape of
 //! every piece that an operator makes is compared with what it must be; files are dropped with the last use of their value.
 
+use super::attention::{Attention, RowSoftmax};
 use super::blocks::{BlockProduct, RowChain, carry};
 use super::conv::Convolution;
+use super::norm::LayerNorm;
 use super::runnable::beyond_limit;
 use super::sum::WideSum;
 use crate::weights::{BlockSource, SpillFile};
@@ -134,6 +136,12 @@ pub(super) fn sliced_inputs(
     }
     if let Some(chain) = node.op_as::<RowChain>() {
         return chain.input_axis_of(axis).map(|axis| tvec!(Some(axis)));
+    }
+    if let Some(attention) = node.op_as::<Attention>() {
+        return attention.sliced_inputs(axis, ranks, is_one);
+    }
+    if node.op_is::<LayerNorm>() || node.op_is::<RowSoftmax>() {
+        return (axis + 1 < *ranks.first()?).then(|| tvec!(Some(axis); ranks.len()));
     }
     if let Some(convolution) = node.op_as::<Convolution>() {
         return convolution.sliced_inputs(axis);

@@ -8,6 +8,7 @@ use tensor_blocks::DType;
 use tract_onnx::pb::tensor_shape_proto::{Dimension, dimension};
 use tract_onnx::pb::*;
 
+mod attention;
 mod layers;
 mod numbers;
 mod products;

@@ -33,7 +33,7 @@ const MANY: usize = 240;
 /// One part.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Part {
-    Product(BlockProduct),
+    Product(Box<BlockProduct>),
     /// Along the rows.
     Softmax,
 }
@@ -50,7 +50,7 @@ impl Eq for RowChain {}
 pub(super) fn place(model: &mut TypedModel) -> TractResult<()> {
     for id in model.eval_order()? {
         let Some(first) = held_product(&model.nodes[id]) else { continue };
-        let mut parts = vec![Part::Product(first.clone())];
+        let mut parts = vec![Part::Product(Box::new(first.clone()))];
         let mut last = id;
         while let Some((user, part)) = following(model, last, &parts)? {
             parts.push(part);
@@ -89,7 +89,7 @@ fn following(model: &TypedModel, id: usize, parts: &[Part]) -> TractResult<Optio
         let near = |product: &BlockProduct| product.inner().0 * product.inner().1 <= NEAR;
         let all_near = near(product) && parts.iter().all(|part| !matches!(part, Part::Product(it) if !near(it)));
         let fits = all_near && product.inner().0 == width;
-        return Ok(fits.then(|| (user.id, Part::Product(product.clone()))));
+        return Ok(fits.then(|| (user.id, Part::Product(Box::new(product.clone())))));
     }
     let Some(softmax) = user.op_as::<Softmax>() else { return Ok(None) };
     let shape = &node.outputs[0].fact.shape;
@@ -109,7 +109,7 @@ fn width(parts: &[Part]) -> usize {
 
 impl RowChain {
     fn products(&self) -> impl DoubleEndedIterator<Item = &BlockProduct> {
-        self.parts.iter().filter_map(|part| if let Part::Product(product) = part { Some(product) } else { None })
+        self.parts.iter().filter_map(|part| if let Part::Product(product) = part { Some(&**product) } else { None })
     }
 
     /// Length of an input's and an output's rows.
@@ -133,7 +133,7 @@ impl RowChain {
         let last = self.products().count() - 1;
         let widest = self.products().take(last).map(|product| product.inner().1).max().unwrap_or(0);
         let work: usize = self.products().map(|product| product.inner().0 * product.inner().1).sum();
-        let rows = if widest > 0 { SCRATCH / widest } else { (WORK / work.max(1)).max(MANY) };
+        let rows = SCRATCH.checked_div(widest).unwrap_or((WORK / work.max(1)).max(MANY));
         let rows = (rows.max(BLOCK) / BLOCK * BLOCK).min(m).max(1);
         thread_local! {
             static BETWEEN: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };

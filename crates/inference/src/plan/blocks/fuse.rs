@@ -66,6 +66,8 @@ fn fused(model: &TypedModel, id: usize) -> TractResult<Option<(usize, BlockProdu
     op.activation = match &*function.0.name() {
         "Sigmoid" => Activation::Sigmoid,
         "Tanh" => Activation::Tanh,
+        "GeluExact" => Activation::Gelu,
+        "Silu" => Activation::Silu,
         _ => return Ok(None),
     };
     Ok(Some((inlet.node, op)))
@@ -73,7 +75,12 @@ fn fused(model: &TypedModel, id: usize) -> TractResult<Option<(usize, BlockProdu
 
 /// The N values that this constant adds to each row of the product's output, if it does so.
 fn row_of(product: &BlockProduct, constant: &Arc<Tensor>) -> TractResult<Option<Arc<Tensor>>> {
-    let &[n] = &*product.columns else { return Ok(None) };
+    let n = match &*product.columns {
+        // One column is no axis of the matrix.
+        [] if constant.len() == 1 => return one_row((**constant).clone(), 1),
+        &[n] => n,
+        _ => return Ok(None),
+    };
     let last = product.output_order.last() == Some(&Some(product.leading));
     let (size, outer) = match constant.shape().split_last() {
         Some((&size, outer)) => (size, outer),
@@ -82,7 +89,15 @@ fn row_of(product: &BlockProduct, constant: &Arc<Tensor>) -> TractResult<Option<
     if !last || !product.output_lies_right() || outer.iter().any(|&dim| dim != 1) || (size != n && size != 1) {
         return Ok(None);
     }
-    let mut row = if size == n { (**constant).clone() } else { constant.broadcast_scalar_to_shape(&[n])? };
+    if size == n {
+        return one_row((**constant).clone(), n);
+    }
+    let value =
+        constant.try_as_plain_ram()?.as_slice::<f32>()?.first().copied().context("a constant without elements")?;
+    one_row(tensor1(&vec![value; n]), n)
+}
+
+fn one_row(mut row: Tensor, n: usize) -> TractResult<Option<Arc<Tensor>>> {
     row.set_shape(&[n])?;
     Ok(Some(row.into_arc_tensor()))
 }

@@ -10,8 +10,9 @@
 //! run, and W is used as it lies.
 
 use crate::kernels::epilogue::{Activation, Bias, finish};
-use crate::kernels::gemm::{Operand, product, transpose};
+use crate::kernels::gemm::{Operand, product};
 use crate::kernels::recurrent;
+use crate::kernels::turn::transpose;
 use crate::plan::blocks::{carry, short_block};
 use crate::weights::{StoredTensor, for_each_block};
 use std::borrow::Cow;

@@ -5,7 +5,7 @@ use crate::weights::{BlockSource, Frame, SpillFile};
 use std::sync::Mutex;
 
 /// Files in memory, counted.
-struct Files {
+pub(super) struct Files {
     operator_memory: u64,
     written: Arc<Mutex<Vec<u64>>>,
 }
@@ -86,7 +86,7 @@ fn what_goes_to_files_is_what_stays_in_memory() {
 }
 
 /// A source whose runs spill what is above `operator_memory` bytes.
-fn files(operator_memory: u64) -> Arc<Files> {
+pub(super) fn files(operator_memory: u64) -> Arc<Files> {
     Arc::new(Files { operator_memory, written: Arc::default() })
 }
 
