@@ -1,7 +1,8 @@
 //! Layer normalisation as one operator.
 //!
-//! Responsible for: [`LayerNorm`] in the place of the parts that tract has for it (sum, mean, difference, root mean square,
-//! scale, bias), and of the addition of a residual before it.
+//! Responsible for: [`LayerNorm`], which ONNX's operator becomes at once where its scale and bias are known, because tract has
+//! 16 nodes for it that a compilation would have to simplify; in the place of its parts (sum, mean, difference, root mean
+//! square, scale, bias) where a graph has those; and of the addition of a residual before it.
 //!
 //! ```text
 //!   a [+ b] = x;  sum(x) * 1/N = mean;  x - mean = d;  d / sqrt(mean(d²) + ε) [* scale] [+ bias]
@@ -11,6 +12,9 @@
 
 use super::sum::WideSum;
 use crate::kernels::normal;
+use std::sync::LazyLock;
+use tract_onnx::model::ParsingContext;
+use tract_onnx::pb::NodeProto;
 use tract_onnx::tract_core::ops::binary::TypedBinOp;
 use tract_onnx::tract_core::ops::nn::{Reduce, Reducer, RmsNorm};
 use tract_onnx::tract_hir::internal::*;
@@ -26,7 +30,70 @@ pub(super) struct LayerNorm {
 
 impl Eq for LayerNorm {}
 
-/// Puts it in the places of its parts.
+/// ONNX LayerNormalization as tract has it, and what its attributes say of it.
+#[derive(Clone, Debug)]
+struct Normalization {
+    parts: Box<dyn Expansion>,
+    epsilon: f32,
+    /// Along the last axis, in float32, with one output.
+    usual: bool,
+}
+
+/// How an operator is made from its node.
+type Builder = fn(&ParsingContext, &NodeProto) -> TractResult<(Box<dyn InferenceOp>, Vec<String>)>;
+
+/// Puts ONNX's operator into tract's register.
+pub(super) fn register(framework: &mut tract_onnx::Onnx) {
+    framework.op_register.insert("LayerNormalization", |context, node| {
+        static TRACT: LazyLock<Option<Builder>> =
+            LazyLock::new(|| tract_onnx::onnx().op_register.0.get("LayerNormalization").copied());
+        let (op, closures) = (*TRACT).context("tract has no LayerNormalization")?(context, node)?;
+        let attribute = |name: &str| node.attribute.iter().find(|it| it.name == name);
+        let usual = attribute("axis").is_some_and(|it| it.i == -1) || attribute("axis").is_none();
+        let usual = usual && attribute("stash_type").is_none_or(|it| it.i == 1) && node.output.len() == 1;
+        let epsilon = attribute("epsilon").map_or(1e-5, |it| it.f);
+        Ok(match op.as_op().downcast_ref::<Box<dyn Expansion>>() {
+            Some(parts) => (expand(Normalization { parts: parts.clone(), epsilon, usual }), closures),
+            None => (op, closures),
+        })
+    });
+}
+
+impl Expansion for Normalization {
+    fn name(&self) -> StaticName {
+        "LayerNorm".into()
+    }
+
+    fn nboutputs(&self) -> TractResult<usize> {
+        Expansion::nboutputs(&*self.parts)
+    }
+
+    fn rules<'r, 'p: 'r, 's: 'r>(
+        &'s self,
+        solver: &mut Solver<'r>,
+        inputs: &'p [TensorProxy],
+        outputs: &'p [TensorProxy],
+    ) -> InferenceResult {
+        Expansion::rules(&*self.parts, solver, inputs, outputs)
+    }
+
+    fn wire(&self, prefix: &str, model: &mut TypedModel, inputs: &[OutletId]) -> TractResult<TVec<OutletId>> {
+        let fact = model.outlet_fact(inputs[0])?;
+        let n = fact.shape.last().and_then(|last| last.to_usize().ok()).unwrap_or(0);
+        let float32 = fact.datum_type == f32::datum_type();
+        let row = |input: usize| -> TractResult<Option<Arc<Tensor>>> {
+            let Some(&outlet) = inputs.get(input) else { return Ok(Some(tensor1(&vec![0f32; n]).into_arc_tensor())) };
+            let constant = model.outlet_fact(outlet)?.konst.clone();
+            Ok(constant.filter(|it| *it.shape() == [n] && it.datum_type() == f32::datum_type()))
+        };
+        if let (Some(scale), Some(bias), true) = (row(1)?, row(2)?, self.usual && float32 && n > 0) {
+            return model.wire_node(prefix, LayerNorm { epsilon: self.epsilon, scale, bias }, &inputs[..1]);
+        }
+        Expansion::wire(&*self.parts, prefix, model, inputs)
+    }
+}
+
+/// Puts it in the places of its parts, and of an addition before it.
 pub(super) fn fuse(model: &mut TypedModel) -> TractResult<()> {
     for id in model.eval_order()? {
         let Some((op, inputs, last)) = found(model, id)? else { continue };
@@ -89,6 +156,9 @@ fn row_of(constant: &Tensor, n: usize) -> TractResult<Option<Arc<Tensor>>> {
 /// The operator that ends at or behind the root mean square `id`, its inputs, and its last part.
 fn found(model: &TypedModel, id: usize) -> TractResult<Option<(LayerNorm, TVec<OutletId>, usize)>> {
     let node = &model.nodes[id];
+    if let (Some(op), &[x]) = (node.op_as::<LayerNorm>(), &*node.inputs) {
+        return Ok(residual(model, x, 1).map(|inputs| (op.clone(), inputs, id)));
+    }
     let Some(norm) = node.op_as::<RmsNorm>() else { return Ok(None) };
     let fact = &node.outputs[0].fact;
     let Some(n) = fact.shape.last().and_then(|last| last.to_usize().ok()) else { return Ok(None) };
@@ -128,17 +198,18 @@ fn found(model: &TypedModel, id: usize) -> TractResult<Option<(LayerNorm, TVec<O
         scale: scale.unwrap_or_else(|| same(1.0)),
         bias: bias.unwrap_or_else(|| same(0.0)),
     };
-    // What is before it.
-    let before = &model.nodes[x.node];
-    let ours = before.outputs[0].successors.len() == 2 && !model.outputs.contains(&x);
-    if let (Some((a, b)), true) = (operands(before, "Add"), ours)
-        && [a, b]
-            .iter()
-            .all(|&it| model.outlet_fact(it).is_ok_and(|it| it.shape == fact.shape && it.datum_type == fact.datum_type))
-    {
-        return Ok(Some((op, tvec!(a, b), last)));
-    }
-    Ok(Some((op, tvec!(x), last)))
+    let inputs = residual(model, x, 2).unwrap_or_else(|| tvec!(x));
+    Ok(Some((op, inputs, last)))
+}
+
+/// The two values of one shape whose sum this is, if it has this number of uses, all of them ours.
+fn residual(model: &TypedModel, x: OutletId, uses: usize) -> Option<TVec<OutletId>> {
+    let (node, fact) = (&model.nodes[x.node], model.outlet_fact(x).ok()?);
+    let (a, b) = operands(node, "Add")?;
+    let alike =
+        |it: OutletId| model.outlet_fact(it).is_ok_and(|it| it.shape == fact.shape && it.datum_type == fact.datum_type);
+    let ours = node.outputs[0].successors.len() == uses && !model.outputs.contains(&x);
+    (ours && alike(a) && alike(b)).then(|| tvec!(a, b))
 }
 
 impl Op for LayerNorm {
