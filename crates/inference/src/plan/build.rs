@@ -124,6 +124,8 @@ pub(super) fn compile(
     let operators = rows::operators(model.graph.as_ref());
     let parsed = parse(&model, constants, stored, &signature)?;
     drop(model);
+    // What has been proven of sizes with free dimensions is not proven again.
+    let _proofs = parsed.symbols.proof_cache_session();
     proceed(cancel)?;
     let names = Names::new(&signature, &parsed.symbols);
     let free = names.inputs.iter().flatten().any(Option::is_some);

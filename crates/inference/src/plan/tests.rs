@@ -9,6 +9,7 @@ use tract_onnx::pb::tensor_shape_proto::{Dimension, dimension};
 use tract_onnx::pb::*;
 
 mod attention;
+mod company;
 mod layers;
 mod numbers;
 mod products;
