@@ -5,7 +5,7 @@
 //!
 //! | case | way |
 //! | --- | --- |
-//! | up to [`LINE_MAX`] rows, `b` row-major | lines: `b` is read once or twice, along its rows; wide ones by sweeps of 8 rows |
+//! | up to [`LINE_MAX`] rows, `b` row-major | lines: `b` is read once, along its rows; wide ones by sweeps of 8 rows |
 //! | few columns, both operands contiguous along k | dot products |
 //! | `b` row-major | blocks of 6 rows by 4 vectors, straight from where `b` lies |
 //! | `b` otherwise, or its rows a page apart | the same, from a copy of a piece of `b` in the thread's scratch |
@@ -25,7 +25,7 @@ const A_ROWS: usize = 240;
 /// Columns of `b` that are copied at a time.
 const COPIED: usize = 512;
 /// Most rows that lines are taken for: the time is that of reading `b`.
-const LINE_MAX: usize = 6;
+const LINE_MAX: usize = LINE_ROWS;
 /// Most rows for which the time is, in part, that of bringing `b` from memory.
 const FETCHED_MAX: usize = 96;
 /// Wider rows than this are swept: a line would touch a new page for each of its steps.
