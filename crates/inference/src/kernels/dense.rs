@@ -11,6 +11,7 @@
 
 use super::epilogue::{self, Activation};
 use super::gemm::{self, DOTS_MAX, Ending, Operand};
+use super::turn::transpose;
 use crate::weights::AlignedBytes;
 
 /// Columns of a panel. Rows of a matrix that are as far apart as this are multiplied where they lie.
@@ -37,16 +38,34 @@ impl Dense {
     /// If the operand does not hold the elements.
     pub fn new(k: usize, n: usize, from: Operand<'_>) -> Dense {
         let mut values = AlignedBytes::zeroed(k * n * size_of::<f32>());
-        let element = |row: usize, column: usize| from.data[row * from.row_stride + column * from.col_stride];
+        if k == 0 || n == 0 {
+            return Dense { k, n, values };
+        }
         let to: &mut [f32] = bytemuck::cast_slice_mut(values.bytes_mut());
-        for (row, column) in (0..k).flat_map(|row| (0..n).map(move |column| (row, column))) {
-            let place = if n <= DOTS_MAX {
-                column * k + row
-            } else {
-                let panel = column / PANEL * PANEL;
-                panel * k + row * PANEL.min(n - panel) + column - panel
-            };
-            to[place] = element(row, column);
+        let (data, row_stride, col_stride) = (from.data, from.row_stride, from.col_stride);
+        let panels = (0..n).step_by(PANEL).map(|column| (column, PANEL.min(n - column)));
+        match (n <= DOTS_MAX, row_stride, col_stride) {
+            (true, ..) => {
+                for (column, line) in to.chunks_exact_mut(k).enumerate() {
+                    let element = |row: usize| data[row * row_stride + column * col_stride];
+                    line.iter_mut().enumerate().for_each(|(row, value)| *value = element(row));
+                }
+            }
+            (false, 1, _) => {
+                for (column, width) in panels {
+                    let to = &mut to[column * k..(column + width) * k];
+                    transpose(to, width, &data[column * col_stride..], col_stride, (width, k));
+                }
+            }
+            (false, ..) => {
+                for (column, width) in panels {
+                    let rows = to[column * k..(column + width) * k].chunks_exact_mut(width).enumerate();
+                    for (row, line) in rows {
+                        let element = |at: usize| data[row * row_stride + (column + at) * col_stride];
+                        line.iter_mut().enumerate().for_each(|(at, value)| *value = element(at));
+                    }
+                }
+            }
         }
         Dense { k, n, values }
     }

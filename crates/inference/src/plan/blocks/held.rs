@@ -7,13 +7,19 @@ use super::product::{BlockProduct, Matrix, product};
 use super::view::StoredView;
 use crate::kernels::dense::Dense;
 use crate::kernels::gemm::Operand;
+use std::collections::HashMap;
 use tract_onnx::tract_core::ops::einsum::EinSum;
 use tract_onnx::tract_hir::internal::*;
 
-/// Exchanges the products of a graph.
+/// Matrices that are made, by the constant's address, where its axes are split, and whether it is transposed. They keep the
+/// constants, so that an address stays that of one.
+type Made = HashMap<(*const Tensor, usize, bool), (Arc<Tensor>, Arc<Dense>)>;
+
+/// Exchanges the products of a graph. A constant that several have is held once.
 pub(super) fn replace(model: &mut TypedModel) -> TractResult<()> {
+    let mut made = Made::new();
     for id in 0..model.nodes.len() {
-        let Some((op, input)) = held(model, &model.nodes[id])? else { continue };
+        let Some((op, input)) = held(model, &model.nodes[id], &mut made)? else { continue };
         let node = &model.nodes[id];
         let wanted = node.outputs[0].fact.without_value();
         let mut patch = TypedModelPatch::default();
@@ -30,7 +36,7 @@ pub(super) fn replace(model: &mut TypedModel) -> TractResult<()> {
 }
 
 /// The operator for a node, and which of its inputs it takes.
-fn held(model: &TypedModel, node: &TypedNode) -> TractResult<Option<(BlockProduct, OutletId)>> {
+fn held(model: &TypedModel, node: &TypedNode, made: &mut Made) -> TractResult<Option<(BlockProduct, OutletId)>> {
     let (Some(einsum), &[_, _]) = (node.op_as::<EinSum>(), &*node.inputs) else { return Ok(None) };
     for slot in [1, 0] {
         let (constant, input) = (model.outlet_fact(node.inputs[slot])?, model.outlet_fact(node.inputs[1 - slot])?);
@@ -50,7 +56,9 @@ fn held(model: &TypedModel, node: &TypedNode) -> TractResult<Option<(BlockProduc
                     true => (cols, rows, Operand::transposed(values, cols)),
                     false => (rows, cols, Operand::row_major(values, cols)),
                 };
-                Matrix::Held(Arc::new(Dense::new(k, n, from)))
+                let known = made.entry((Arc::as_ptr(tensor), split, transposed));
+                let (_, dense) = known.or_insert_with(|| (tensor.clone(), Arc::new(Dense::new(k, n, from))));
+                Matrix::Held(dense.clone())
             };
             let op = product(einsum, slot, input, &view, axes, matrix);
             if let Some(op) = op {
