@@ -5,6 +5,7 @@
 
 use super::super::blocks::StoredConst;
 use super::super::classical::Rows as ClassicalModel;
+use super::super::norm::LayerNorm;
 use super::super::recurrent::layer::Layer;
 use super::super::reduce::Extreme;
 use super::super::{cast, modulo, ops, quantize};
@@ -225,6 +226,9 @@ fn along_axes(node: &TypedNode) -> Option<TVec<usize>> {
     if node.op_is::<Trilu>() {
         let rank = node.outputs.first()?.fact.rank();
         return Some((rank.saturating_sub(2)..rank).collect());
+    }
+    if node.op_is::<LayerNorm>() {
+        return Some(tvec![node.outputs.first()?.fact.rank().checked_sub(1)?]);
     }
     let axis = node.op_as::<RmsNorm>().map(|op| op.axis);
     let axis = axis.or_else(|| node.op_as::<CumSum>().map(|op| op.axis));
