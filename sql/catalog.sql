@@ -40,6 +40,7 @@ CREATE TABLE tessera.model_version (
     loaded_bytes bigint NOT NULL,
     block_bytes integer NOT NULL,
     loaded_at timestamptz NOT NULL DEFAULT now(),
+    rows_declared boolean,
     CONSTRAINT model_version_pkey PRIMARY KEY (id),
     CONSTRAINT model_version_key UNIQUE (model, version)
 );

@@ -39,7 +39,10 @@ CREATE VIEW tessera.models AS
            v.loaded_at, v.parameters, v.loaded_bytes AS bytes_loaded, coalesce(s.stored, 0) AS bytes_stored,
            coalesce(s.shared, 0) AS bytes_shared, v.block_bytes,
            v.signature ->> 'producer' AS producer, (v.signature ->> 'ir_version')::bigint AS ir_version,
-           v.signature -> 'opsets' AS opsets, m.domain
+           v.signature -> 'opsets' AS opsets, m.domain,
+           coalesce(v.rows_declared, v.signature -> 'rows' ->> 'verdict' = 'independent') AS rows_independent,
+           CASE WHEN v.rows_declared IS NOT NULL THEN 'declared' ELSE coalesce(v.signature -> 'rows' ->> 'reason', 'proven') END AS rows_reason,
+           (v.signature -> 'rows' -> 'inputs' ->> 0)::integer AS row_axis, (v.signature ->> 'flops_per_row')::double precision AS flops_per_row
     FROM tessera.model m
     JOIN tessera.model_version v ON v.model = m.id
     JOIN pg_catalog.pg_type d ON d.oid = m.domain

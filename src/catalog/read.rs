@@ -20,6 +20,8 @@ pub struct VersionRow {
     pub content_hash: [u8; 32],
     /// Identity of the graph.
     pub graph_hash: Vec<u8>,
+    /// Whether rows were declared to be independent, or not to be.
+    pub rows_declared: Option<bool>,
 }
 
 /// A row of `tessera.tensor`.
@@ -87,6 +89,7 @@ pub fn resolve(spec: &ModelSpec<'_>) -> VersionRow {
             id: column(row, 1, "a version has no id"),
             content_hash: hash.try_into().unwrap_or_else(|_| damaged("a content hash has not 32 bytes")),
             graph_hash: column(row, 5, "a version has no graph"),
+            rows_declared: row.get::<bool>(11),
         })
     });
     found.unwrap_or_else(|| {
@@ -99,18 +102,32 @@ pub fn resolve(spec: &ModelSpec<'_>) -> VersionRow {
     })
 }
 
-/// The model and version that a name means, without a look at privileges; `None` if there is no such version, or the extension is
-/// not there.
-pub fn version_number(spec: &str) -> Option<(String, i32)> {
+/// What is known of a version without running it.
+pub struct Estimate {
+    /// Number of the version.
+    pub version: i32,
+    /// Floating-point operations of a row.
+    pub flops_per_row: Option<f64>,
+}
+
+/// What is known of the version that a name means, without a look at privileges; `None` if there is none, or no extension.
+pub fn estimate(spec: &str) -> Option<Estimate> {
     let (name, version) = match spec.split_once('@') {
         Some((name, version)) => (name, Some(version.parse().ok()?)),
         None => (spec, None),
     };
     let index = relation_oid(SCHEMA, c"model_name_key")?;
-    let active = by_index(relation_oid(SCHEMA, c"model")?, index, &[Key::Text(name)], |row| {
-        ControlFlow::Break(row.get::<i32>(3))
+    let (model, active) = by_index(relation_oid(SCHEMA, c"model")?, index, &[Key::Text(name)], |row| {
+        ControlFlow::Break((row.get::<i64>(1), row.get::<i32>(3)))
     })?;
-    Some((name.to_owned(), version.or(active)?))
+    let version = version.or(active)?;
+    let index = relation_oid(SCHEMA, c"model_version_key")?;
+    let keys = [Key::Int8(model?), Key::Int4(version)];
+    by_index(relation_oid(SCHEMA, c"model_version")?, index, &keys, |row| {
+        let signature = row.get::<pgrx::JsonB>(6).map(|json| json.0);
+        let flops = signature.and_then(|signature| signature.get("flops_per_row")?.as_f64());
+        ControlFlow::Break(Estimate { version, flops_per_row: flops })
+    })
 }
 
 /// The signature of a stored version with this content, whosever it is; `None` if there is none that the snapshot sees.

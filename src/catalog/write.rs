@@ -350,6 +350,29 @@ pub fn activate(name: &str, version: i32) {
     })
 }
 
+/// Says whether rows of a version (of the active one if none is named) are independent; `None`: as proven.
+pub fn declare_rows(spec: &ModelSpec<'_>, independent: Option<bool>) {
+    lock_name(spec.name);
+    as_owner(|client, caller| {
+        let model = find_owned(client, spec.name, caller)?;
+        let Some(version) = spec.version.or(model.active) else {
+            error::raise(
+                PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT,
+                format!("model \"{}\" has no active version", spec.name),
+                "",
+                "Name the version: name@version.",
+            )
+        };
+        let id = need_version(client, spec.name, &model, version)?;
+        client.update(
+            "UPDATE tessera.model_version SET rows_declared = $2 WHERE id = $1",
+            None,
+            &[id.into(), independent.into()],
+        )?;
+        Ok(())
+    })
+}
+
 fn need_version(client: &mut SpiClient<'_>, name: &str, model: &ModelRow, version: i32) -> Result<i64, SpiError> {
     let rows = client.update(
         "SELECT id FROM tessera.model_version WHERE model = $1 AND version = $2",

@@ -9,7 +9,15 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::io::Write;
 
-sql_functions!(activate_model, rename_model, drop_model, export_model, export_model_to_large_object, on_sql_drop,);
+sql_functions!(
+    activate_model,
+    rename_model,
+    drop_model,
+    declare_independent_rows,
+    export_model,
+    export_model_to_large_object,
+    on_sql_drop,
+);
 
 fn activate_model(call: &Call) -> pg_sys::Datum {
     let name: &str = call.need(0, "name");
@@ -27,6 +35,12 @@ fn rename_model(call: &Call) -> pg_sys::Datum {
 fn drop_model(call: &Call) -> pg_sys::Datum {
     let name: &str = call.need(0, "name");
     catalog::drop_model(&ModelSpec::parse(name).with_version(call.get(1)));
+    pg_sys::Datum::from(0)
+}
+
+fn declare_independent_rows(call: &Call) -> pg_sys::Datum {
+    let name: &str = call.need(0, "name");
+    catalog::declare_rows(&ModelSpec::parse(name), call.get(1));
     pg_sys::Datum::from(0)
 }
 

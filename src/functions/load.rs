@@ -20,6 +20,9 @@ sql_functions!(load_model, load_model_from_file, load_model_from_large_object);
 /// Sizes of a block that can be asked for: below, locators outweigh blocks; above, a tensor page holds less than two.
 const BLOCK_BYTES: std::ops::RangeInclusive<i32> = 1024..=262_144;
 
+/// Size of free dimensions other than the rows', such as words of a sentence, for an estimate.
+const USUAL_SIZE: u64 = 128;
+
 /// Bytes read from a file between two looks at interrupts.
 const PIECE: usize = 8 << 20;
 
@@ -73,7 +76,7 @@ fn load(name: &str, model: &[u8], external: &mut dyn ExternalData, block_bytes: 
         Some(signature) => (signature, None),
         None => {
             let plan = compile(&stripped, block_bytes as usize);
-            (serde_json::to_value(plan.signature()).unwrap_or_default(), Some(plan))
+            (describe(&plan), Some(plan))
         }
     };
     let version = catalog::store(
@@ -92,6 +95,16 @@ fn load(name: &str, model: &[u8], external: &mut dyn ExternalData, block_bytes: 
         serving::remember(content_hash, plan);
     }
     pg_sys::Datum::from(version)
+}
+
+/// The signature, and what was found out about rows of the model.
+fn describe(plan: &Plan) -> serde_json::Value {
+    let mut described = serde_json::to_value(plan.signature()).unwrap_or_default();
+    if let Some(fields) = described.as_object_mut() {
+        fields.insert("rows".into(), serde_json::to_value(plan.rows()).unwrap_or_default());
+        fields.insert("flops_per_row".into(), plan.flops_per_row(USUAL_SIZE).into());
+    }
+    described
 }
 
 fn compile(stripped: &onnx::Stripped<'_>, block_bytes: usize) -> Arc<Plan> {

@@ -29,6 +29,7 @@ pub struct Done {
 /// The model that a call uses, for as long as the snapshot and the name are the same.
 pub struct InUse {
     model: Arc<Model>,
+    declared: Option<bool>,
     port: Port,
     /// Whether rows may be stacked.
     pub batched: bool,
@@ -37,21 +38,23 @@ pub struct InUse {
 impl InUse {
     /// The model of this name. ERROR if there is none that the role may use.
     pub fn of(spec: &str) -> InUse {
-        let model = serving::model_of(spec);
+        let (model, declared) = serving::model_as_declared(spec);
         let plan = &model.plan;
         let (port, batched) = match (&*plan.signature().inputs, plan.rows()) {
             ([port], Rows::Independent { inputs, outputs, every_size, .. }) => {
-                (port.clone(), *every_size && inputs[..] == [0] && outputs.first() == Some(&0) && plan.batch_is_free())
+                (port.clone(), *every_size && inputs[..] == [0] && outputs.first() == Some(&0))
             }
             ([port, ..], _) => (port.clone(), false),
             ([], _) => (Port::new("", tensor_blocks::DType::Float32.into(), vec![]), false),
         };
-        InUse { model, port, batched }
+        let batched = declared.unwrap_or(batched) && plan.signature().inputs.len() == 1 && plan.batch_is_free();
+        InUse { model, declared, port, batched }
     }
 
     /// True if this still is the model of that name.
     pub fn is(&self, spec: &str) -> bool {
-        Arc::ptr_eq(&self.model, &serving::model_of(spec))
+        let (model, declared) = serving::model_as_declared(spec);
+        Arc::ptr_eq(&self.model, &model) && self.declared == declared
     }
 
     /// Adds a row, an array of these elements without nulls. False if it does not fit.

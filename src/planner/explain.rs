@@ -17,8 +17,9 @@ pub unsafe fn explain(node: *mut pg_sys::CustomScanState, scan: &mut Scan, expla
         let mut models: Vec<String> = Vec::new();
         for call in &mut scan.calls {
             let Some(spec) = call.name(context) else { continue };
-            let shown = match catalog::version_number(spec) {
-                Some((name, version)) => format!("{name}, version {version}"),
+            let name = spec.split('@').next().unwrap_or(spec);
+            let shown = match catalog::estimate(spec) {
+                Some(estimate) => format!("{name}, version {}", estimate.version),
                 None => spec.to_owned(),
             };
             let note = if call.is_row_by_row() { ", row by row" } else { "" };

@@ -38,6 +38,7 @@ fn plan_key(content_hash: [u8; 32]) -> PlanKey {
 }
 
 struct Name {
+    declared: Option<bool>,
     seen_by: SnapshotIdentity,
     user: pg_sys::Oid,
     key: PlanKey,
@@ -51,16 +52,21 @@ thread_local! {
 
 /// The model that `spec` names, for the active snapshot and the current role.
 pub fn model_of(spec: &str) -> Arc<Model> {
+    model_as_declared(spec).0
+}
+
+/// The same, and whether its rows were declared to be independent, or not to be.
+pub fn model_as_declared(spec: &str) -> (Arc<Model>, Option<bool>) {
     let seen_by = SnapshotIdentity::active();
     let user = crate::pg::identity::current_user();
     let known = NAMED.with_borrow_mut(|names| {
         names
             .get(spec)
             .filter(|name| name.seen_by == seen_by && name.user == user && name.key == plan_key(name.key.0))
-            .map(|name| name.model.clone())
+            .map(|name| (name.model.clone(), name.declared))
     });
-    if let Some(model) = known {
-        return model;
+    if let Some(known) = known {
+        return known;
     }
     let version = catalog::resolve(&ModelSpec::parse(spec));
     let key = plan_key(version.content_hash);
@@ -80,9 +86,10 @@ pub fn model_of(spec: &str) -> Arc<Model> {
         let plan = compile(&graph, &mut fetch, &tilings);
         keep(version.content_hash, plan, ModelBlocks::of_version(version.content_hash, version.id, tensors))
     });
-    let name = Name { seen_by, user, key, model: model.clone() };
+    let declared = version.rows_declared;
+    let name = Name { declared, seen_by, user, key, model: model.clone() };
     NAMED.with_borrow_mut(|names| names.put(spec.to_owned(), name));
-    model
+    (model, declared)
 }
 
 /// Compiles a plan; the work is done on the compute thread, so that it can be cancelled. `tilings`: by ordinal, how tensors
