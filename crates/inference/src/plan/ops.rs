@@ -24,6 +24,7 @@ pub(super) fn register(framework: &mut tract_onnx::Onnx) {
     super::recurrent::register(framework);
     super::reduce::register(framework);
     super::modulo::register(framework);
+    super::conv::register(framework);
 }
 
 type Built = TractResult<(Box<dyn InferenceOp>, Vec<String>)>;

@@ -12,6 +12,7 @@ mod layers;
 mod numbers;
 mod refused;
 mod spilled;
+mod transposed;
 
 /// A dimension: a size, or a name.
 #[derive(Clone, Copy)]
