@@ -35,6 +35,7 @@ mod runnable;
 mod spill;
 mod sum;
 mod trees;
+mod widen;
 
 #[cfg(test)]
 mod tests;
