@@ -359,9 +359,11 @@ fn optimise(
     options: &CompileOptions,
     cancel: &AtomicBool,
 ) -> Result<Runnable, ModelError> {
+    let rows_are_independent = super::slices::batch_of(&typed, &names).is_some();
     passes::optimize(&mut typed).map_err(|error| failure("optimising the graph", &error))?;
     proceed(cancel)?;
-    Runnable::new(typed, names, bound, options).map_err(|error| failure("ordering the graph", &error))
+    let made = Runnable::new(typed, names, bound, options).map_err(|error| failure("ordering the graph", &error))?;
+    Ok(made.with_independent_rows(rows_are_independent))
 }
 
 /// Compiles for these inputs.

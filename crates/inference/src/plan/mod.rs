@@ -23,6 +23,7 @@ mod modulo;
 mod names;
 mod ops;
 mod passes;
+mod pool;
 mod prepare;
 mod quantize;
 mod recurrent;
@@ -32,6 +33,7 @@ mod repair;
 mod rewrite;
 mod run;
 mod runnable;
+mod slices;
 mod spill;
 mod sum;
 mod trees;
@@ -222,7 +224,7 @@ impl Plan {
         let key = self.key(&inputs.iter().collect::<Vec<_>>());
         contain("running the model", ErrorKind::InvalidInput, || {
             let runnable = self.runnable(&key, cancel)?;
-            run::run(&runnable, &self.signature, inputs, &key.shapes, &self.options, cancel)
+            run::run(&runnable, &self.signature, inputs, &key.shapes, &self.options, self.weights(), cancel)
         })
     }
 
@@ -272,6 +274,11 @@ impl Plan {
     /// Floating-point multiply-adds of one run for a batch of one, every other free dimension being 1: an estimate.
     pub fn flops_per_row(&self) -> Option<u64> {
         self.general.as_ref().map(|runnable| runnable.flops(1))
+    }
+
+    /// Bytes of all tensors, in the plan and in blocks.
+    fn weights(&self) -> u64 {
+        self.weights + self.stored.iter().map(|tensor| tensor.tiling.byte_len() as u64).sum::<u64>()
     }
 
     /// What a plan for these inputs is made for.

@@ -11,6 +11,7 @@ use tract_onnx::pb::*;
 mod layers;
 mod numbers;
 mod refused;
+mod sliced;
 mod spilled;
 mod transposed;
 

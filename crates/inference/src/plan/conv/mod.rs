@@ -13,6 +13,7 @@ mod stored;
 mod transposed;
 
 use super::blocks::{StoredConst, carry};
+use super::pool;
 use crate::error::ModelError;
 use crate::kernels::conv::{After, Geometry, conv};
 use crate::kernels::epilogue::Activation;
@@ -275,7 +276,7 @@ impl EvalOp for Convolution {
             .hint("Use a model whose convolutions reach less far.")));
         }
         let shape = self.output_shape(pictures.shape())?;
-        let mut output = Tensor::zero::<f32>(&shape)?;
+        let mut output = pool::output(&shape)?;
         let added = match inputs.last().filter(|_| self.added) {
             Some(added) => {
                 ensure!(added.shape() == &*shape, "what is added has another shape than the convolution");
