@@ -353,6 +353,10 @@ unsafe fn panel_of_rows<const AT: bool>(isa: &Isa, m: usize, whole: Part) {
             true => isa.scattered_blocks[height - 1][vectors - 1],
             false => isa.blocks[height - 1][vectors - 1],
         };
+        if AT && whole.a_col == 1 {
+            let next = whole.a.wrapping_add((row + height) * whole.a_row);
+            ahead(next, whole.a_row, ROWS.min(m - row - height), whole.k);
+        }
         // SAFETY: a piece of the product.
         unsafe {
             kernel(&Part {
@@ -363,6 +367,21 @@ unsafe fn panel_of_rows<const AT: bool>(isa: &Isa, m: usize, whole: Part) {
         }
         row += height;
     }
+}
+
+/// Fetches rows of `a` into the cache while the rows before them are computed with: they are short, so that what fetches
+/// ahead by itself starts anew with each.
+fn ahead(a: *const f32, stride: usize, rows: usize, k: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for row in 0..rows {
+        for step in (0..k).step_by(16) {
+            let from = a.wrapping_add(row * stride + step);
+            // SAFETY: a hint, which does nothing where there is no memory.
+            unsafe { std::arch::x86_64::_mm_prefetch::<3>(from.cast()) };
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (a, stride, rows, k);
 }
 
 /// Copies `k` rows of `count` columns, to rows that are `width` apart.
