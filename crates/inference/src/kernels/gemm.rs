@@ -305,8 +305,10 @@ pub fn scattered_product(
 unsafe fn panels<const AT: bool>(isa: &Isa, m: usize, whole: Part) {
     let vectors = if AT && m <= LINE_ROWS { LINE_VECTORS } else { VECTORS };
     let width = vectors * isa.lanes;
-    for first in (0..whole.k).step_by(STEPS) {
-        let k = STEPS.min(whole.k - first);
+    // As even as can be: each piece but the first adds to the output.
+    let steps = whole.k.div_ceil(whole.k.div_ceil(STEPS).max(1)).max(1);
+    for first in (0..whole.k).step_by(steps) {
+        let k = steps.min(whole.k - first);
         for row in (0..m).step_by(A_ROWS) {
             let rows = A_ROWS.min(m - row);
             for column in (0..whole.columns).step_by(width) {
