@@ -48,6 +48,7 @@ use crate::tensor::HostTensor;
 use crate::weights::{self, BlockSource, StoredTensor};
 use crate::worker;
 use build::{Runnable, Template};
+use names::Names;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -290,13 +291,25 @@ impl Plan {
         }
     }
 
+    /// As `key`, of a form that serves all batches; none where no dimension is known to be one.
+    fn any_batch(&self, key: &Key) -> Option<Key> {
+        self.template.as_ref()?.free().batch()?;
+        let mut wide = key.clone();
+        // No batch that is run has this size.
+        wide.shapes.iter_mut().filter_map(|shape| shape.first_mut()).for_each(|rows| *rows = usize::MAX);
+        Some(wide)
+    }
+
     /// The compiled form for these inputs, if it is there.
     fn ready(&self, key: &Key) -> Option<Arc<Runnable>> {
         match (&self.template, &self.general) {
             (None, Some(general)) => Some(general.clone()),
             _ => {
+                let any_batch = self.any_batch(key);
                 let mut cache = self.specialised.lock().unwrap_or_else(PoisonError::into_inner);
-                let place = cache.iter().position(|(held, _)| held == key)?;
+                let place = cache
+                    .iter()
+                    .position(|(held, _)| held == key || any_batch.as_ref().is_some_and(|it| held == it))?;
                 // Last used stands last.
                 let entry = cache.remove(place);
                 let runnable = entry.1.clone();
@@ -312,12 +325,19 @@ impl Plan {
             return Ok(runnable);
         }
         let template = self.template.as_ref().ok_or_else(|| ModelError::internal("a plan without a compiled form"))?;
-        let made = Arc::new(build::specialise(template, &self.signature, key, &self.options, cancel)?);
+        let specialise =
+            |free: &Names| build::specialise(template, &self.signature, key, free, &self.options, cancel).map(Arc::new);
+        // For all batches where that can be compiled.
+        let (key, made) = match self.any_batch(key).map(|wide| (wide, specialise(&template.free()))) {
+            Some((_, Err(error))) if error.kind == ErrorKind::Cancelled => return Err(error),
+            Some((wide, Ok(made))) => (wide, made),
+            _ => (key.clone(), specialise(&Names::default())?),
+        };
         let mut cache = self.specialised.lock().unwrap_or_else(PoisonError::into_inner);
         while cache.len() >= self.options.specialisations.max(1) {
             cache.remove(0);
         }
-        cache.push((key.clone(), made.clone()));
+        cache.push((key, made.clone()));
         self.count_memory(cache.len());
         Ok(made)
     }

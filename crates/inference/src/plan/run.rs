@@ -107,10 +107,13 @@ pub(super) fn run(
         .map(|(_, tensor)| Ok(tensor.to_engine()?.into_tvalue()))
         .collect::<Result<TVec<TValue>, ModelError>>()?;
     drop(inputs);
-    let outputs = with_pool(options.memory_limit - demand.peak.min(options.memory_limit), || {
-        let rows = shapes.first().and_then(|shape| shape.first()).copied().unwrap_or(0);
-        let piece = rows_at_a_time(rows, demand.largest, weights);
-        if !runnable.rows_are_independent || rows <= piece {
+    let rows = shapes.first().and_then(|shape| shape.first()).copied().unwrap_or(0);
+    let piece = rows_at_a_time(rows, demand.largest, weights);
+    let sliced = runnable.rows_are_independent && rows > piece;
+    // Of values that come once, the C library makes better use.
+    let room = if sliced { options.memory_limit.saturating_sub(demand.peak) } else { 0 };
+    let outputs = with_pool(room, || {
+        if !sliced {
             return turn(runnable, values, shapes, options, cancel);
         }
         let mut whole: Vec<HostTensor> = vec![];

@@ -23,12 +23,8 @@ const LARGEST: u64 = 4 << 20;
 /// The symbol of the batch, if the graph has convolutions and its rows do not influence each other. The graph is one that
 /// tract has not yet chosen kernels for.
 pub(super) fn batch_of(model: &TypedModel, names: &Names) -> Option<Symbol> {
-    let first = names.inputs.first()?.first()?.clone()?;
-    let batch_first = |axes: &Vec<Option<Symbol>>| {
-        axes.first() == Some(&Some(first.clone())) && axes[1..].iter().all(|axis| *axis != Some(first.clone()))
-    };
-    let convolutions = model.nodes.iter().any(|node| node.op_is::<Convolution>());
-    if !convolutions || !names.inputs.iter().all(batch_first) {
+    let first = names.batch()?.clone();
+    if !model.nodes.iter().any(|node| node.op_is::<Convolution>()) {
         return None;
     }
     let order = model.eval_order().ok()?;
