@@ -9,6 +9,7 @@
 //! - a run keeps idle memory only as far as its demand leaves room below its limit, and nothing of it when it ends.
 
 use std::cell::RefCell;
+use std::sync::Once;
 use tract_onnx::tract_hir::internal::*;
 
 /// Smaller values are the C library's.
@@ -30,6 +31,17 @@ fn bytes(tensor: &Tensor) -> u64 {
     (tensor.len() * tensor.datum_type().size_of()) as u64
 }
 
+/// Values up to this size come from the heap, of which twice as much may lie idle until the extension trims it.
+const HEAP: usize = 16 << 20;
+
+/// Lets the C library serve values from its heap: at first it maps each larger than 128 kB, and gives the end of the heap
+/// back whenever twice that is free, so that a run would touch new pages for every value. It learns from the largest that
+/// is freed (mallopt(3), M_MMAP_THRESHOLD); this one is never touched.
+fn prepare_heap() {
+    static DONE: Once = Once::new();
+    DONE.call_once(|| drop(std::hint::black_box(Vec::<u8>::with_capacity(HEAP))));
+}
+
 /// Calls `run` with a pool that holds at most `room` bytes of idle memory.
 pub(super) fn with_pool<T>(room: u64, run: impl FnOnce() -> T) -> T {
     struct Before(Option<Pool>);
@@ -39,6 +51,7 @@ pub(super) fn with_pool<T>(room: u64, run: impl FnOnce() -> T) -> T {
             POOL.with_borrow_mut(|pool| *pool = before);
         }
     }
+    prepare_heap();
     let pool = Pool { kept: vec![], room: room.min(MOST) };
     let _before = Before(POOL.with_borrow_mut(|place| place.replace(pool)));
     run()
