@@ -175,6 +175,18 @@ fn transposed_convolutions_of_volumes_are_tracts() {
 }
 
 #[test]
+fn transposed_convolutions_of_volumes_that_tract_computes_wrongly_are_refused() {
+    let graph = graph(
+        vec![info("x", FLOAT, &[S(1), S(1), S(2), S(2), S(2)])],
+        vec![info("y", FLOAT, &[S(1), S(1), S(3), S(3), S(3)])],
+        vec![node("ConvTranspose", &["x", "w"], &["y"]).ints("strides", &[2; 3]).ints("output_shape", &[3; 3])],
+        vec![floats("w", &[1, 1, 2, 2, 2], &[1.0; 8])],
+    );
+    let error = compile(graph).unwrap_err();
+    assert!(error.detail.unwrap_or_default().contains("not supported"));
+}
+
+#[test]
 fn paddings_that_leave_nothing_are_refused_when_it_is_run() {
     let graph = graph(
         vec![info("x", FLOAT, &[N("batch"), S(1), N("size")])],
