@@ -117,6 +117,22 @@ impl HostTensor {
         }
     }
 
+    /// Appends a tensor along the first axis.
+    ///
+    /// # Errors
+    /// `Internal` if it has another element type, or differs in another axis.
+    pub(crate) fn append_rows(&mut self, more: HostTensor) -> Result<(), ModelError> {
+        let rest = |shape: &[usize]| shape.get(1..).map(<[usize]>::to_vec);
+        let fits = self.dtype == more.dtype && rest(&self.shape) == rest(&more.shape) && !self.shape.is_empty();
+        match (&mut self.data, more.data) {
+            (TensorData::Raw(whole), TensorData::Raw(piece)) if fits => whole.extend(piece),
+            (TensorData::Strings(whole), TensorData::Strings(piece)) if fits => whole.extend(piece),
+            _ => return Err(ModelError::internal("slices of a batch do not fit together")),
+        }
+        self.shape[0] += more.shape[0];
+        Ok(())
+    }
+
     /// A tensor that the engine has made in a run with these sizes of the free dimensions: computed shapes may still
     /// be written with their names.
     ///

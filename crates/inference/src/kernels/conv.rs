@@ -22,6 +22,7 @@
 
 use super::depthwise;
 use super::epilogue::{Activation, line};
+use super::filters::Filters;
 use super::gemm::{Operand, scattered_product};
 use super::rows::copy_rows;
 use std::cell::RefCell;
@@ -79,7 +80,7 @@ impl Geometry {
     }
 
     /// The same convolution, of pictures of one row instead of one column: rows are what is worked along.
-    fn lying(&self) -> Geometry {
+    pub(super) fn lying(&self) -> Geometry {
         let upright = self.input[1] == 1 && self.output[1] == 1 && self.kernel[1] == 1 && self.pad[1] == 0;
         if !upright {
             return *self;
@@ -146,6 +147,14 @@ pub struct After<'a> {
 }
 
 impl After<'_> {
+    /// # Panics
+    /// If it does not fit an output of so many elements.
+    pub(super) fn check(&self, len: usize, geometry: &Geometry) {
+        let fits = |values: Option<&[f32]>, count: usize| values.is_none_or(|values| values.len() == count);
+        assert!(fits(self.scale, geometry.filters) && fits(self.bias, geometry.filters), "what follows a convolution");
+        assert!(fits(self.added, len), "what is added to a convolution");
+    }
+
     /// Finishes a row of the filter with this number.
     pub(super) fn finish(&self, values: &mut [f32], filter: usize, added: &[f32]) {
         let scale = self.scale.map_or(1.0, |scale| scale[filter]);
@@ -156,52 +165,6 @@ impl After<'_> {
         if let Some((scale, bias)) = self.then {
             line(values, scale, bias, &[], Activation::Identity);
         }
-    }
-}
-
-/// A piece of the matrix of filters, row-major.
-#[derive(Clone, Copy, Debug)]
-pub struct FilterTile<'a> {
-    /// The first filter.
-    pub row0: usize,
-    /// The first column.
-    pub col0: usize,
-    /// Filters.
-    pub rows: usize,
-    /// Columns.
-    pub cols: usize,
-    /// The elements.
-    pub data: &'a [f32],
-}
-
-/// Who has the filters.
-pub trait Filters {
-    /// What may go wrong.
-    type Error;
-
-    /// Calls `each` with tiles that together cover all columns of these rows of the matrix once; more rows may come too.
-    ///
-    /// # Errors
-    /// What reading them may raise.
-    fn walk(&mut self, rows: Range<usize>, each: &mut dyn FnMut(FilterTile<'_>)) -> Result<(), Self::Error>;
-}
-
-/// Filters in one piece.
-#[derive(Clone, Copy, Debug)]
-pub struct Whole<'a> {
-    /// All filters, row-major.
-    pub data: &'a [f32],
-    /// Columns of the matrix.
-    pub depth: usize,
-}
-
-impl Filters for Whole<'_> {
-    type Error = std::convert::Infallible;
-
-    fn walk(&mut self, rows: Range<usize>, each: &mut dyn FnMut(FilterTile<'_>)) -> Result<(), Self::Error> {
-        let data = &self.data[rows.start * self.depth..rows.end * self.depth];
-        each(FilterTile { row0: rows.start, col0: 0, rows: rows.len(), cols: self.depth, data });
-        Ok(())
     }
 }
 
@@ -274,9 +237,7 @@ pub fn conv<F: Filters>(
     let pixels = (Geometry::pixels(geometry.input), Geometry::pixels(geometry.output));
     assert_eq!(input.len(), images * geometry.channels * pixels.0, "the input of a convolution");
     assert_eq!(out.len(), images * geometry.filters * pixels.1, "the output of a convolution");
-    let fits = |values: Option<&[f32]>, count: usize| values.is_none_or(|values| values.len() == count);
-    assert!(fits(after.scale, geometry.filters) && fits(after.bias, geometry.filters), "what follows a convolution");
-    assert!(fits(after.added, out.len()), "what is added to a convolution");
+    after.check(out.len(), geometry);
     if out.is_empty() {
         return Ok(());
     }
@@ -378,7 +339,7 @@ fn chunk_of_group<F: Filters>(
         (&mut sums[..count * stride], stride)
     };
     let rows = group * count..(group + 1) * count;
-    filters.walk(rows.clone(), &mut |tile| {
+    filters.walk(rows.clone(), 0..geometry.depth(), &mut |tile| {
         let (start, end) = (tile.row0.max(rows.start), (tile.row0 + tile.rows).min(rows.end));
         if start < end {
             scattered_product(

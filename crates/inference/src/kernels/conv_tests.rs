@@ -1,4 +1,5 @@
 use super::*;
+use crate::kernels::filters::{FilterTile, Whole};
 use crate::kernels::tests::{Random, at_each_level, close};
 
 fn reference(input: &[f32], images: usize, g: &Geometry, filters: &[f32], after: After<'_>) -> Vec<f32> {
@@ -45,7 +46,7 @@ struct Tiles<'a> {
 impl Filters for Tiles<'_> {
     type Error = ();
 
-    fn walk(&mut self, rows: Range<usize>, each: &mut dyn FnMut(FilterTile<'_>)) -> Result<(), ()> {
+    fn walk(&mut self, rows: Range<usize>, _: Range<usize>, each: &mut dyn FnMut(FilterTile<'_>)) -> Result<(), ()> {
         let all = self.data.len() / self.depth;
         for col0 in (0..self.depth).step_by(16) {
             for row0 in (rows.start / 8 * 8..rows.end).step_by(8) {

@@ -4,8 +4,9 @@
 //! of a row is the sum over the taps of vectors of the input, shifted; padding is what a masked load leaves out.
 #![allow(unsafe_code)] // Vectors by pointer.
 
-use super::conv::{After, Filters, Geometry};
+use super::conv::{After, Geometry};
 use super::epilogue::{Activation, line};
+use super::filters::Filters;
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Eight, Sixteen};
 use super::lanes::{Four, Lanes, Level, level};
@@ -30,7 +31,7 @@ pub(super) fn conv<F: Filters>(
     let depth = geometry.depth();
     let pixels = (Geometry::pixels(geometry.input), Geometry::pixels(geometry.output));
     let mut taps = vec![0.0; geometry.filters * depth];
-    filters.walk(0..geometry.filters, &mut |tile| {
+    filters.walk(0..geometry.filters, 0..depth, &mut |tile| {
         let to = &mut taps[tile.row0 * depth + tile.col0..];
         copy_rows::<1>(to, depth, tile.data, tile.cols, (tile.rows, tile.cols));
     })?;

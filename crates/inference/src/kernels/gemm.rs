@@ -381,8 +381,10 @@ pub fn scattered_product(
 unsafe fn panels<const AT: bool>(isa: &Isa, m: usize, whole: Part) {
     let vectors = if AT && m <= LINE_ROWS { LINE_VECTORS } else { VECTORS };
     let width = vectors * isa.lanes;
-    for first in (0..whole.k).step_by(STEPS) {
-        let piece = steps(&whole, first, STEPS.min(whole.k - first));
+    // As even as can be: each piece but the first adds to the output.
+    let length = whole.k.div_ceil(whole.k.div_ceil(STEPS).max(1)).max(1);
+    for first in (0..whole.k).step_by(length) {
+        let piece = steps(&whole, first, length.min(whole.k - first));
         for row in (0..m).step_by(A_ROWS) {
             let rows = A_ROWS.min(m - row);
             for column in (0..whole.columns).step_by(width) {
@@ -428,6 +430,10 @@ unsafe fn panel_of_rows<const AT: bool>(isa: &Isa, m: usize, whole: Part) {
             true => isa.scattered_blocks[height - 1][vectors - 1],
             false => isa.blocks[height - 1][vectors - 1],
         };
+        if AT && whole.a_col == 1 {
+            let next = whole.a.wrapping_add((row + height) * whole.a_row);
+            ahead(next, whole.a_row, ROWS.min(m - row - height), whole.k);
+        }
         // SAFETY: a piece of the product.
         unsafe {
             kernel(&Part {
@@ -440,6 +446,21 @@ unsafe fn panel_of_rows<const AT: bool>(isa: &Isa, m: usize, whole: Part) {
         }
         row += height;
     }
+}
+
+/// Fetches rows of `a` into the cache while the rows before them are computed with: they are short, so that what fetches
+/// ahead by itself starts anew with each.
+fn ahead(a: *const f32, stride: usize, rows: usize, k: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for row in 0..rows {
+        for step in (0..k).step_by(16) {
+            let from = a.wrapping_add(row * stride + step);
+            // SAFETY: a hint, which does nothing where there is no memory.
+            unsafe { std::arch::x86_64::_mm_prefetch::<3>(from.cast()) };
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (a, stride, rows, k);
 }
 
 #[cfg(test)]

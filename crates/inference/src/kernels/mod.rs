@@ -1,7 +1,7 @@
 //! Kernels: the arithmetic of block operators on slices of float32, on one thread.
 //!
 //! Responsible for: products of matrices ([`gemm`]), of which one may be held ready ([`dense`]), rows that are normalised
-//! ([`normal`]), convolutions ([`conv`]), steps of recurrent layers ([`recurrent`]) and
+//! ([`normal`]), convolutions ([`conv`], [`transposed`]), steps of recurrent layers ([`recurrent`]) and
 //! what is applied to an output afterwards ([`epilogue`]), for any processor of the target's family: the widest vectors
 //! are chosen when the process first computes.
 //!
@@ -20,6 +20,7 @@ pub mod conv;
 pub mod dense;
 mod depthwise;
 pub mod epilogue;
+pub mod filters;
 pub mod gemm;
 mod lanes;
 mod levels;
@@ -27,6 +28,7 @@ mod micro;
 pub mod normal;
 pub mod recurrent;
 mod rows;
+pub mod transposed;
 pub mod turn;
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ use std::sync::{Arc, LazyLock};
 use tract_onnx::Onnx;
 use tract_onnx::data_resolver::ModelDataResolver;
 use tract_onnx::pb::ModelProto;
+use tract_onnx::tract_core::ops::binary::TypedBinOp;
 use tract_onnx::tract_hir::internal::*;
 use tract_onnx::tract_hir::ops::konst::Const;
 
@@ -36,7 +37,7 @@ pub(super) enum Template {
     /// The graph with symbols: the quick way, where tract can follow them.
     Symbolic(TypedModel, Names),
     /// The graph as parsed, and the inputs whose values it needs as constants, such as the shape of a Reshape.
-    Parsed(InferenceModel, Vec<usize>),
+    Parsed(InferenceModel, Vec<usize>, Names),
 }
 
 impl Template {
@@ -44,7 +45,16 @@ impl Template {
     pub fn bound(&self) -> &[usize] {
         match self {
             Template::Symbolic(..) => &[],
-            Template::Parsed(_, bound) => bound,
+            Template::Parsed(_, bound, _) => bound,
+        }
+    }
+
+    /// The symbols that may be left free: the batch, unless a value that is bound may go with it.
+    pub fn free(&self) -> Names {
+        match self {
+            Template::Symbolic(_, names) => names.of_batch_only(),
+            Template::Parsed(_, bound, names) if bound.is_empty() => names.of_batch_only(),
+            Template::Parsed(..) => Names::default(),
         }
     }
 }
@@ -130,13 +140,17 @@ pub(super) fn compile(
     let names = Names::new(&signature, &parsed.symbols);
     let free = names.inputs.iter().flatten().any(Option::is_some);
     let ranked = signature.inputs.iter().all(|port| port.ranked);
-    let mut failed = None;
+    let (mut failed, mut proven) = (None, None);
     if ranked {
         let dims = (0..signature.inputs.len()).map(|input| names.dims(&signature, input)).collect();
         let symbolic = super::contain("compiling the model with free dimensions", ErrorKind::InvalidModel, || {
             let inferred = inferred(parsed.clone(), &signature, dims, &[], options, cancel)?;
             let (rows, work) = rows::analyse(&inferred, &signature, &names, &operators);
-            let typed = simplified(inferred, options, cancel)?;
+            let placed = placed(inferred)?;
+            if free && scales_free_pictures(&placed, &names) {
+                return Ok(Compiled { general: None, template: None, doubt: None, rows, work });
+            }
+            let typed = simplified(placed, options, cancel)?;
             if free && wants_concrete_shapes(&typed) {
                 let template = Some(Template::Symbolic(typed, names.clone()));
                 return Ok(Compiled { general: None, template, doubt: None, rows, work });
@@ -145,21 +159,23 @@ pub(super) fn compile(
             Ok(Compiled { general, template: None, doubt: None, rows, work })
         });
         match symbolic {
+            // For concrete pictures.
+            Ok(Compiled { general: None, template: None, rows, work, .. }) => proven = Some((rows, work)),
             Ok(mut compiled) => {
                 if let Some(template) = &compiled.template {
                     compiled.doubt = probe(template, &signature, options, cancel)?.err();
                 }
                 return Ok(compiled);
             }
-            Err(error) if matches!(error.kind, ErrorKind::Cancelled | ErrorKind::TooLarge | ErrorKind::WantsInline) => {
-                return Err(error);
-            }
+            Err(error) if matches!(error.kind, ErrorKind::Cancelled | ErrorKind::WantsInline) => return Err(error),
+            // With free dimensions a slice to some great end has that size for tract.
+            Err(error) if error.kind == ErrorKind::TooLarge && !free => return Err(error),
             Err(error) if !free && !wants_constants(&error) => return Err(error),
             Err(error) => failed = Some(error),
         }
     }
     // Concrete shapes, and if that does not do, concrete values of small inputs.
-    let template = Template::Parsed(parsed, vec![]);
+    let template = Template::Parsed(parsed, vec![], names);
     let rows = Rows::dependent("the graph is not known before the sizes of its inputs");
     if !ranked {
         return Ok(Compiled { general: None, template: Some(template), doubt: None, rows, work: None });
@@ -170,16 +186,19 @@ pub(super) fn compile(
         Some(Ok(shapes)) => (Some(shapes), None),
         Some(Err(error)) => (None, Some(error)),
     };
-    let Template::Parsed(parsed, _) = template else { return Err(ModelError::internal("the template has changed")) };
+    let Template::Parsed(parsed, _, names) = template else {
+        return Err(ModelError::internal("the template has changed"));
+    };
     let bound = if doubt.as_ref().is_some_and(wants_constants) { bindable(&signature) } else { vec![] };
     match doubt {
         Some(error) if bound.is_empty() && !free => Err(error),
         doubt => {
-            let (rows, work) = match shapes {
-                Some(shapes) => rows::at_sizes(&parsed, &signature, &operators, &shapes, options, cancel),
-                None => (rows, None),
+            let (rows, work) = match (proven, shapes) {
+                (Some(proven), _) => proven,
+                (None, Some(shapes)) => rows::at_sizes(&parsed, &signature, &operators, &shapes, options, cancel),
+                (None, None) => (rows, None),
             };
-            let template = Some(Template::Parsed(parsed, bound));
+            let template = Some(Template::Parsed(parsed, bound, names));
             Ok(Compiled { general: None, template, doubt, rows, work })
         }
     }
@@ -229,7 +248,8 @@ fn probe(
             };
             let key = Key { shapes: signature.inputs.iter().map(shape).collect(), values: vec![] };
             let made = super::contain("compiling the model", ErrorKind::InvalidModel, || {
-                specialise(template, signature, &key, options, cancel)
+                specialise(template, signature, &key, &template.free(), options, cancel)
+                    .or_else(|_| specialise(template, signature, &key, &Names::default(), options, cancel))
             });
             match made {
                 Ok(_) => return Ok(Ok(key.shapes)),
@@ -348,11 +368,16 @@ pub(super) fn into_typed(
     Ok(typed)
 }
 
-/// The same graph with operators of our own, simplified.
-fn simplified(mut typed: TypedModel, options: &CompileOptions, cancel: &AtomicBool) -> Result<TypedModel, ModelError> {
+/// The same graph with convolutions of our own.
+fn placed(mut typed: TypedModel) -> Result<TypedModel, ModelError> {
     super::repair::repair(&mut typed);
     // Before tract rewrites its own.
     super::conv::place(&mut typed).map_err(|error| failure("placing the convolutions", &error))?;
+    Ok(typed)
+}
+
+/// The graph without what it can do without, and with operators on blocks.
+fn simplified(mut typed: TypedModel, options: &CompileOptions, cancel: &AtomicBool) -> Result<TypedModel, ModelError> {
     passes::declutter(&mut typed).map_err(|error| failure("simplifying the graph", &error))?;
     proceed(cancel)?;
     super::conv::fuse(&mut typed).map_err(|error| failure("fusing the convolutions", &error))?;
@@ -408,16 +433,19 @@ fn optimise(
     options: &CompileOptions,
     cancel: &AtomicBool,
 ) -> Result<Runnable, ModelError> {
+    let rows_are_independent = super::slices::batch_of(&typed, &names).is_some();
     passes::optimize(&mut typed).map_err(|error| failure("optimising the graph", &error))?;
     proceed(cancel)?;
-    Runnable::new(typed, names, bound, options).map_err(|error| failure("ordering the graph", &error))
+    let made = Runnable::new(typed, names, bound, options).map_err(|error| failure("ordering the graph", &error))?;
+    Ok(made.with_independent_rows(rows_are_independent))
 }
 
-/// Compiles for these inputs.
+/// Compiles for these inputs. Dimensions with a symbol in `free` stay free.
 pub(super) fn specialise(
     template: &Template,
     signature: &Signature,
     key: &Key,
+    free: &Names,
     options: &CompileOptions,
     cancel: &AtomicBool,
 ) -> Result<Runnable, ModelError> {
@@ -427,7 +455,7 @@ pub(super) fn specialise(
             let mut sizes = HashMap::new();
             for (symbols, shape) in names.inputs.iter().zip(shapes) {
                 for (symbol, size) in symbols.iter().zip(shape) {
-                    if let Some(symbol) = symbol {
+                    if let Some(symbol) = symbol.as_ref().filter(|symbol| free.batch() != Some(symbol)) {
                         sizes.insert(symbol.clone(), TDim::Val(*size as i64));
                     }
                 }
@@ -436,16 +464,44 @@ pub(super) fn specialise(
                 typed.set_symbols(&sizes).map_err(|error| failure("fixing the free dimensions", &error))?;
             check_sizes(&concrete, options)?;
             passes::declutter(&mut concrete).map_err(|error| failure("simplifying the graph", &error))?;
+            super::conv::fuse(&mut concrete).map_err(|error| failure("fusing the convolutions", &error))?;
             concrete
         }
-        Template::Parsed(model, bound) => {
+        Template::Parsed(model, bound, _) => {
             let constants: Vec<_> = bound.iter().copied().zip(&key.values).collect();
-            let dims = shapes.iter().map(|shape| shape.iter().map(|&size| TDim::Val(size as i64)).collect()).collect();
-            simplified(inferred(model.clone(), signature, dims, &constants, options, cancel)?, options, cancel)?
+            let dim = |input: usize, axis: usize, size: usize| {
+                let symbol = free.inputs.get(input).and_then(|axes| axes.get(axis)?.as_ref());
+                symbol.map_or(TDim::Val(size as i64), |symbol| symbol.to_dim())
+            };
+            let dims = |(input, shape): (usize, &Vec<usize>)| {
+                shape.iter().enumerate().map(|(axis, &size)| dim(input, axis, size)).collect()
+            };
+            let dims = shapes.iter().enumerate().map(dims).collect();
+            let inferred = inferred(model.clone(), signature, dims, &constants, options, cancel)?;
+            simplified(placed(inferred)?, options, cancel)?
         }
     };
     proceed(cancel)?;
-    optimise(typed, Names::default(), template.bound().to_vec(), options, cancel)
+    let names = if free.batch().is_some() { free.clone() } else { Names::default() };
+    optimise(typed, names, template.bound().to_vec(), options, cancel)
+}
+
+/// True where pictures of free sizes are multiplied with one number for each channel: tract walks them element by element
+/// where it does not know how many pixels take the same number, and the algebra of their sizes takes long to compile.
+fn scales_free_pictures(model: &TypedModel, names: &Names) -> bool {
+    let pictures = |symbol: &Symbol| names.batch() != Some(symbol);
+    let convolutions = model.nodes.iter().any(|node| node.op_is::<super::conv::Convolution>());
+    convolutions
+        && model.nodes.iter().filter(|node| node.op_is::<TypedBinOp>()).any(|node| {
+            let Ok(facts) = model.node_input_facts(node.id) else { return false };
+            let free = |dim: &TDim| dim.symbols().iter().any(pictures);
+            let whole = facts.iter().any(|fact| fact.rank() > 2 && fact.shape.iter().skip(2).any(free));
+            let scale = |fact: &&TypedFact| {
+                let ones = fact.rank() > 2 && fact.shape.iter().skip(2).all(|dim| dim.is_one());
+                ones && !fact.shape[0].is_one()
+            };
+            whole && facts.iter().any(scale)
+        })
 }
 
 /// True where tract is several times slower with a free dimension than without: those convolutions that are not ours.

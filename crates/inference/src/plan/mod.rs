@@ -26,6 +26,7 @@ mod names;
 mod norm;
 mod ops;
 mod passes;
+mod pool;
 mod prepare;
 mod quantize;
 mod recurrent;
@@ -36,9 +37,11 @@ mod rewrite;
 pub mod rows;
 mod run;
 mod runnable;
+mod slices;
 mod spill;
 mod sum;
 mod trees;
+mod widen;
 
 #[cfg(test)]
 mod tests;
@@ -49,6 +52,7 @@ use crate::tensor::HostTensor;
 use crate::weights::{self, BlockSource, StoredTensor};
 use crate::worker;
 use build::{Runnable, Template};
+use names::Names;
 use rows::{Rows, Work};
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -233,7 +237,7 @@ impl Plan {
         let key = self.key(&inputs.iter().collect::<Vec<_>>());
         contain("running the model", ErrorKind::InvalidInput, || {
             let runnable = self.runnable(&key, cancel)?;
-            run::run(&runnable, &self.signature, inputs, &key.shapes, &self.options, cancel)
+            run::run(&runnable, &self.signature, inputs, &key.shapes, &self.options, self.weights(), cancel)
         })
     }
 
@@ -290,7 +294,7 @@ impl Plan {
     /// for every size. The sizes along the axis of the rows do not matter. What was proven is kept; a proof takes about as long as
     /// half a compilation, and belongs on the compute thread.
     pub fn rows_at(&self, shapes: &[Vec<usize>], cancel: &AtomicBool) -> Rows {
-        let (Rows::Independent { inputs, every_size: false, .. }, Some(Template::Parsed(parsed, _))) =
+        let (Rows::Independent { inputs, every_size: false, .. }, Some(Template::Parsed(parsed, ..))) =
             (&self.rows, &self.template)
         else {
             return self.rows.clone();
@@ -329,6 +333,11 @@ impl Plan {
         general.demand(&shapes.to_vec()).ok().map(|demand| demand.peak)
     }
 
+    /// Bytes of all tensors, in the plan and in blocks.
+    fn weights(&self) -> u64 {
+        self.weights + self.stored.iter().map(|tensor| tensor.tiling.byte_len() as u64).sum::<u64>()
+    }
+
     /// What a plan for these inputs is made for.
     fn key(&self, inputs: &[&HostTensor]) -> Key {
         let bound = self.template.as_ref().map_or(&[][..], Template::bound);
@@ -338,13 +347,25 @@ impl Plan {
         }
     }
 
+    /// As `key`, of a form that serves all batches; none where no dimension is known to be one.
+    fn any_batch(&self, key: &Key) -> Option<Key> {
+        self.template.as_ref()?.free().batch()?;
+        let mut wide = key.clone();
+        // No batch that is run has this size.
+        wide.shapes.iter_mut().filter_map(|shape| shape.first_mut()).for_each(|rows| *rows = usize::MAX);
+        Some(wide)
+    }
+
     /// The compiled form for these inputs, if it is there.
     fn ready(&self, key: &Key) -> Option<Arc<Runnable>> {
         match (&self.template, &self.general) {
             (None, Some(general)) => Some(general.clone()),
             _ => {
+                let any_batch = self.any_batch(key);
                 let mut cache = self.specialised.lock().unwrap_or_else(PoisonError::into_inner);
-                let place = cache.iter().position(|(held, _)| held == key)?;
+                let place = cache
+                    .iter()
+                    .position(|(held, _)| held == key || any_batch.as_ref().is_some_and(|it| held == it))?;
                 // Last used stands last.
                 let entry = cache.remove(place);
                 let runnable = entry.1.clone();
@@ -360,12 +381,19 @@ impl Plan {
             return Ok(runnable);
         }
         let template = self.template.as_ref().ok_or_else(|| ModelError::internal("a plan without a compiled form"))?;
-        let made = Arc::new(build::specialise(template, &self.signature, key, &self.options, cancel)?);
+        let specialise =
+            |free: &Names| build::specialise(template, &self.signature, key, free, &self.options, cancel).map(Arc::new);
+        // For all batches where that can be compiled.
+        let (key, made) = match self.any_batch(key).map(|wide| (wide, specialise(&template.free()))) {
+            Some((_, Err(error))) if error.kind == ErrorKind::Cancelled => return Err(error),
+            Some((wide, Ok(made))) => (wide, made),
+            _ => (key.clone(), specialise(&Names::default())?),
+        };
         let mut cache = self.specialised.lock().unwrap_or_else(PoisonError::into_inner);
         while cache.len() >= self.options.specialisations.max(1) {
             cache.remove(0);
         }
-        cache.push((key.clone(), made.clone()));
+        cache.push((key, made.clone()));
         self.count_memory(cache.len());
         Ok(made)
     }

@@ -30,7 +30,27 @@ impl Names {
             }
             names.inputs.push(axes);
         }
+        if let Some(batch) = names.batch() {
+            let _ = scope.add_assertion(format!("{batch}>=1"));
+        }
         names
+    }
+
+    /// The symbol that is the first dimension of every input, and no other dimension.
+    pub fn batch(&self) -> Option<&Symbol> {
+        let batch = self.inputs.first()?.first()?.as_ref()?;
+        let fits = |axes: &Vec<Option<Symbol>>| {
+            axes.first() == Some(&Some(batch.clone())) && axes[1..].iter().flatten().all(|symbol| symbol != batch)
+        };
+        self.inputs.iter().all(fits).then_some(batch)
+    }
+
+    /// The same with no other symbol than the batch, if there is one.
+    pub fn of_batch_only(&self) -> Names {
+        let batch = self.batch().cloned();
+        let keep = |symbol: &Option<Symbol>| symbol.clone().filter(|symbol| batch.as_ref() == Some(symbol));
+        let inputs = self.inputs.iter().map(|axes| axes.iter().map(keep).collect()).collect();
+        Names { by_name: HashMap::new(), inputs }
     }
 
     fn named(&mut self, name: &str, scope: &SymbolScope) -> Symbol {

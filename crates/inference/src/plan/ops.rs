@@ -25,6 +25,7 @@ pub(super) fn register(framework: &mut tract_onnx::Onnx) {
     super::reduce::register(framework);
     super::modulo::register(framework);
     super::norm::register(framework);
+    super::conv::register(framework);
 }
 
 type Built = TractResult<(Box<dyn InferenceOp>, Vec<String>)>;

@@ -198,7 +198,9 @@ fn names_for_blocks(graph: &GraphProto) -> HashMap<String, bool> {
             let any_type = match (node.op_type.as_str(), place) {
                 _ if !default_domain => None,
                 ("Gather", 0) => Some(true),
-                ("MatMul" | "Gemm", 0 | 1) | ("Einsum", _) | ("Transpose", 0) | ("Conv", 1) => Some(false),
+                ("MatMul" | "Gemm", 0 | 1) | ("Einsum", _) | ("Transpose", 0) | ("Conv" | "ConvTranspose", 1) => {
+                    Some(false)
+                }
                 ("LSTM" | "GRU", 1 | 2) => Some(false),
                 _ => None,
             };

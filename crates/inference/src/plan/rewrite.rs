@@ -15,7 +15,9 @@ pub(super) fn rewrite(graph: &mut GraphProto) {
     while uses(graph, &prefix) {
         prefix.push('_');
     }
-    rewrite_graph(graph, &mut Names { prefix, next: 0 });
+    let mut names = Names { prefix, next: 0 };
+    rewrite_graph(graph, &mut names);
+    super::widen::widen(graph, &mut names);
 }
 
 fn uses(graph: &GraphProto, prefix: &str) -> bool {
@@ -27,13 +29,14 @@ fn uses(graph: &GraphProto, prefix: &str) -> bool {
         || graph.initializer.iter().any(|tensor| named(&tensor.name))
 }
 
-struct Names {
+/// Names that the graph does not have.
+pub(super) struct Names {
     prefix: String,
     next: usize,
 }
 
 impl Names {
-    fn fresh(&mut self, what: &str) -> String {
+    pub fn fresh(&mut self, what: &str) -> String {
         self.next += 1;
         format!("{}/{}/{what}", self.prefix, self.next)
     }
@@ -96,7 +99,7 @@ pub(super) fn float(node: &NodeProto, name: &str) -> Option<f32> {
     attribute(node, name).map(|attribute| attribute.f)
 }
 
-fn node(op_type: &str, inputs: &[&str], output: String) -> NodeProto {
+pub(super) fn node(op_type: &str, inputs: &[&str], output: String) -> NodeProto {
     NodeProto {
         op_type: op_type.to_owned(),
         name: output.clone(),

@@ -3,7 +3,9 @@
 use super::Shapes;
 use super::blocks::RowChain;
 use super::build::Runnable;
+use super::pool::{keep, with_pool};
 use super::runnable::check_dynamic;
+use super::slices::rows_at_a_time;
 use super::spill::Spills;
 use super::{Bindings, CompileOptions};
 use crate::error::ModelError;
@@ -92,16 +94,18 @@ fn check_input<'a>(port: &'a Port, tensor: &HostTensor, bindings: &mut Bindings<
     Ok(())
 }
 
-/// Executes a compiled form.
+/// Executes a compiled form; a large batch in slices, where its rows do not influence each other. `weights` are the bytes
+/// of the model's tensors.
 pub(super) fn run(
     runnable: &Runnable,
     signature: &Signature,
     inputs: Vec<HostTensor>,
     shapes: &Shapes,
     options: &CompileOptions,
+    weights: u64,
     cancel: &AtomicBool,
 ) -> Result<Vec<(String, HostTensor)>, ModelError> {
-    runnable.demand(shapes)?;
+    let demand = runnable.demand(shapes)?;
     if let (Some(chain), [input]) = (&runnable.direct, &*inputs)
         && let Some(done) = run_directly(chain, input, signature, cancel)
     {
@@ -114,6 +118,55 @@ pub(super) fn run(
         .map(|(_, tensor)| Ok(tensor.to_engine()?.into_tvalue()))
         .collect::<Result<TVec<TValue>, ModelError>>()?;
     drop(inputs);
+    let rows = shapes.first().and_then(|shape| shape.first()).copied().unwrap_or(0);
+    let piece = rows_at_a_time(rows, demand.largest, weights);
+    let sliced = runnable.rows_are_independent && rows > piece;
+    // Of values that come once, the C library makes better use.
+    let room = if sliced { options.memory_limit.saturating_sub(demand.peak) } else { 0 };
+    let outputs = with_pool(room, || {
+        if !sliced {
+            return turn(runnable, values, shapes, options, cancel);
+        }
+        let mut whole: Vec<HostTensor> = vec![];
+        for start in (0..rows).step_by(piece) {
+            let end = rows.min(start + piece);
+            let slice = |value: &TValue| value.slice(0, start, end).map(IntoTValue::into_tvalue);
+            let slices = values.iter().map(slice).collect::<TractResult<_>>().map_err(|error| failed(&error))?;
+            let mut shapes = shapes.clone();
+            shapes.iter_mut().for_each(|shape| shape[0] = end - start);
+            let made = turn(runnable, slices, &shapes, options, cancel)?;
+            if whole.is_empty() {
+                whole = made;
+                continue;
+            }
+            for (whole, piece) in whole.iter_mut().zip(made) {
+                whole.append_rows(piece)?;
+            }
+        }
+        Ok(whole)
+    })?;
+    let named = outputs.into_iter().zip(&signature.outputs);
+    named
+        .map(|(tensor, port)| {
+            if tensor.dtype != port.dtype {
+                return Err(ModelError::invalid_model(format!(
+                    "output \"{}\" is declared as {} but computed as {}",
+                    port.name, port.dtype, tensor.dtype
+                )));
+            }
+            Ok((port.name.clone(), tensor))
+        })
+        .collect()
+}
+
+/// Executes a compiled form once.
+fn turn(
+    runnable: &Runnable,
+    values: TVec<TValue>,
+    shapes: &Shapes,
+    options: &CompileOptions,
+    cancel: &AtomicBool,
+) -> Result<Vec<HostTensor>, ModelError> {
     let mut stopped: Option<ModelError> = None;
     let mut spills = weights::source().map(|source| Spills::new(source, options.memory_limit));
     let model = runnable.plan.model();
@@ -131,13 +184,17 @@ pub(super) fn run(
             ensure!(stopped.is_none(), "stopped");
             Ok(())
         };
-        match &mut spills {
+        let made = match &mut spills {
             Some(spills) => spills.run(model, context, op_state, node, inputs, check),
             None => {
                 check(&inputs)?;
                 eval(context, op_state, node, inputs)
             }
+        }?;
+        if runnable.only_read[node.id] {
+            made.iter().for_each(keep);
         }
+        Ok(made)
     });
     let outputs = match (result, stopped) {
         (_, Some(stop)) => return Err(stop),
@@ -145,20 +202,7 @@ pub(super) fn run(
         (Ok(outputs), None) => outputs,
     };
     let sizes = runnable.symbols(shapes);
-    outputs
-        .iter()
-        .zip(&signature.outputs)
-        .map(|(value, port)| {
-            let tensor = HostTensor::from_engine(value, &sizes)?;
-            if tensor.dtype != port.dtype {
-                return Err(ModelError::invalid_model(format!(
-                    "output \"{}\" is declared as {} but computed as {}",
-                    port.name, port.dtype, tensor.dtype
-                )));
-            }
-            Ok((port.name.clone(), tensor))
-        })
-        .collect()
+    outputs.iter().map(|value| HostTensor::from_engine(value, &sizes)).collect()
 }
 
 /// Runs a graph that is one operator on rows where they lie, without the engine. None where it has to be in the way.

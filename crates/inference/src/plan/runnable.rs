@@ -3,6 +3,7 @@
 //! Responsible for: memory and cost of a run, known from the shapes before it starts.
 
 use super::blocks::RowChain;
+use super::conv::Convolution;
 use super::names::Names;
 use super::{CompileOptions, Shapes};
 use crate::error::ModelError;
@@ -16,10 +17,12 @@ const HEAVY_NANOSECONDS: u64 = 10_000_000;
 /// A run's demands.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Demand {
-    /// Bytes of the values that are alive at a time.
-    pub peak: u64,
     /// Nanoseconds of the run, roughly.
     pub nanoseconds: u64,
+    /// Bytes of all values that there are at a time, at most.
+    pub peak: u64,
+    /// Bytes of the largest value.
+    pub largest: u64,
     /// It holds while a value may have up to so many bytes in memory.
     holds_to: u64,
 }
@@ -65,6 +68,10 @@ pub(super) struct Runnable {
     /// By node: its step makes values whose size is known only while running.
     pub dynamic: Vec<bool>,
     limit: u64,
+    /// Rows of a batch may be given a few at a time.
+    pub rows_are_independent: bool,
+    /// By node: nobody writes to what our convolution makes there.
+    pub only_read: Vec<bool>,
     /// The demand of the shapes that came last.
     last: Mutex<Option<(Shapes, Demand)>>,
 }
@@ -114,7 +121,22 @@ impl Runnable {
             steps.push(Step { node: id, values, work, spill_axes, dynamic: dynamic[id] });
         }
         let direct = if bound.is_empty() { only_chain(model) } else { None };
-        Ok(Runnable { plan, direct, names, bound, steps, dynamic, limit: options.memory_limit, last: Mutex::new(None) })
+        let reads = |inlet: &InletId| model.nodes[inlet.node].op_is::<Convolution>();
+        let only_read = |node: &TypedNode| {
+            node.op_is::<Convolution>()
+                && !model.outputs.contains(&node.id.into())
+                && node.outputs[0].successors.iter().all(reads)
+        };
+        let only_read = model.nodes.iter().map(only_read).collect();
+        let (rows_are_independent, last) = (false, Mutex::new(None));
+        let limit = options.memory_limit;
+        Ok(Runnable { plan, direct, names, bound, steps, dynamic, limit, rows_are_independent, only_read, last })
+    }
+
+    /// Says whether rows of a batch may be given a few at a time.
+    pub fn with_independent_rows(mut self, independent: bool) -> Runnable {
+        self.rows_are_independent = independent;
+        self
     }
 
     /// Sizes of the free dimensions.
@@ -150,7 +172,8 @@ impl Runnable {
     fn measure(&self, symbols: &SymbolValues, in_memory: u64) -> Result<Demand, ModelError> {
         let mut holds_to = u64::MAX;
         let mut dropped = vec![0u64; self.steps.len()];
-        let (mut alive, mut nanoseconds, mut peak) = (0u64, 0u64, 0u64);
+        let (mut alive, mut nanoseconds) = (0u64, 0u64);
+        let (mut peak, mut largest) = (0u64, 0u64);
         for (step, item) in self.steps.iter().enumerate() {
             let mut made = 0u64;
             for value in &item.values {
@@ -161,6 +184,7 @@ impl Runnable {
                         (bytes, holds_to) = (held, in_memory);
                     }
                 }
+                largest = largest.max(bytes.unwrap_or(0));
                 made = bytes
                     .and_then(|bytes| made.checked_add(bytes))
                     .filter(|made| *made <= self.limit)
@@ -170,10 +194,10 @@ impl Runnable {
                 }
             }
             alive += made;
+            peak = peak.max(alive);
             if alive > self.limit {
                 return Err(self.beyond(item, Some(alive)));
             }
-            peak = peak.max(alive);
             alive -= dropped[step];
             // 10 ns for 4 bytes of output (a slow function such as erf), half a nanosecond for a multiply-add.
             let work = item.work.iter().filter_map(|count| u64::try_from(count.eval(symbols).to_i64().ok()?).ok());
@@ -181,7 +205,7 @@ impl Runnable {
             let step = if item.dynamic { step.max(HEAVY_NANOSECONDS + 1) } else { step };
             nanoseconds = nanoseconds.saturating_add(step);
         }
-        Ok(Demand { nanoseconds, holds_to, peak })
+        Ok(Demand { nanoseconds, peak, largest, holds_to })
     }
 
     fn beyond(&self, step: &Step, bytes: Option<u64>) -> ModelError {

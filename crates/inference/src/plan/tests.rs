@@ -15,7 +15,9 @@ mod numbers;
 mod products;
 mod refused;
 mod rows;
+mod sliced;
 mod spilled;
+mod transposed;
 
 /// A dimension: a size, or a name.
 #[derive(Clone, Copy)]

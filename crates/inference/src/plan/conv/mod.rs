@@ -1,38 +1,47 @@
 //! Convolutions of our own, in the places of tract's.
 //!
 //! Responsible for: [`Convolution`], which takes its filters from a constant of the plan or from blocks, with what follows
-//! it fused in; [`place`], which puts it where tract has a convolution that it can do; [`fuse`], which takes up
-//! what follows. tract's own are kept for other element types, other orders of axes, and three spatial dimensions.
+//! it fused in; [`place`], which puts it where tract has a convolution that it can do; [`transposed`], which reads
+//! transposed ones from the graph; [`fuse`], which takes up what follows. tract's own are kept for other element types, other
+//! orders of axes, and three spatial dimensions.
 //!
 //! Invariant: the operator asks for shapes only when it runs, so one compiled form serves every batch and every size of
 //! picture.
 
 mod fuse;
+mod stored;
+mod transposed;
 
-use super::blocks::{StoredConst, carry, short_block};
+use super::blocks::{StoredConst, carry};
+use super::pool;
 use crate::error::ModelError;
-use crate::kernels::conv::{After, FilterTile, Filters, Geometry, Whole, conv};
+use crate::kernels::conv::{After, Geometry, conv};
 use crate::kernels::epilogue::Activation;
-use crate::weights::{StoredTensor, for_each_block};
-use std::convert::Infallible;
-use std::ops::Range;
+use crate::kernels::filters::{Filters, Whole};
+use crate::kernels::transposed::{conv as transposed_conv, scratch as transposed_scratch};
+use crate::weights::StoredTensor;
 use tensor_blocks::{DType, View};
 use tract_onnx::tract_core::ops::cnn::{Conv, KernelFormat, PaddingSpec, PoolSpec};
 use tract_onnx::tract_core::ops::nn::DataFormat;
 use tract_onnx::tract_hir::internal::*;
 
 pub(super) use fuse::fuse;
+use stored::Stored;
+use transposed::Transposed;
+pub(super) use transposed::register;
 
 /// Most elements of scratch: 1 GB.
 const SCRATCH: usize = 1 << 28;
 
-/// A convolution of one or two spatial dimensions, channels first, in float32.
+/// A convolution of one or two spatial dimensions, or a transposed one, channels first, in float32.
 ///
 /// Inputs: the pictures; the filters unless they are stored; with `added`, what is added to the result.
 #[derive(Clone, Debug)]
 pub(super) struct Convolution {
     pool: PoolSpec,
     groups: usize,
+    /// What a transposed convolution has beside; none for a convolution.
+    transposed: Option<Transposed>,
     /// The filters, if they lie in blocks.
     stored: Option<StoredTensor>,
     /// A factor for each channel of the output.
@@ -52,6 +61,7 @@ impl PartialEq for Convolution {
         };
         self.pool == other.pool
             && self.groups == other.groups
+            && self.transposed == other.transposed
             && self.stored == other.stored
             && bits(&self.scale) == bits(&other.scale)
             && bits(&self.bias) == bits(&other.bias)
@@ -123,6 +133,7 @@ fn instead_of(model: &TypedModel, id: usize) -> TractResult<Option<Convolution>>
     let made = Convolution {
         pool: op.pool_spec.clone(),
         groups: op.group,
+        transposed: None,
         stored: model.nodes[filters.node].op_as::<StoredConst>().map(|stored| stored.tensor.clone()),
         scale: None,
         bias,
@@ -130,26 +141,48 @@ fn instead_of(model: &TypedModel, id: usize) -> TractResult<Option<Convolution>>
         activation: Activation::Identity,
         then: None,
     };
-    let fits = made.stored.as_ref().is_none_or(|tensor| {
-        tensor.dtype() == DType::Float32
-            && tensor.tiling.view() == View::RowsByFirst
-            && tensor.tiling.rows() == made.pool.output_channels as u64
-            && tensor.tiling.cols() == made.depth() as u64
-    });
-    Ok(fits.then_some(made))
+    Ok(made.filters_fit().then_some(made))
 }
 
 impl Convolution {
-    /// Columns of the matrix of filters.
-    fn depth(&self) -> usize {
-        self.pool.input_channels / self.groups * self.pool.kernel_shape.iter().product::<usize>()
+    /// Rows and columns of the matrix of filters.
+    fn matrix(&self) -> (usize, usize) {
+        let taps = self.pool.kernel_shape.iter().product::<usize>();
+        match self.transposed {
+            None => (self.pool.output_channels, self.pool.input_channels / self.groups * taps),
+            Some(_) => (self.pool.input_channels, self.pool.output_channels / self.groups * taps),
+        }
+    }
+
+    /// Whether the filters are tiled as the kernels use them, if they are stored.
+    fn filters_fit(&self) -> bool {
+        let (rows, cols) = self.matrix();
+        self.stored.as_ref().is_none_or(|tensor| {
+            tensor.dtype() == DType::Float32
+                && tensor.tiling.view() == View::RowsByFirst
+                && (tensor.tiling.rows(), tensor.tiling.cols()) == (rows as u64, cols as u64)
+        })
+    }
+
+    /// The shape of the output for pictures of this shape.
+    fn output_shape(&self, shape: &[usize]) -> TractResult<TVec<usize>> {
+        match &self.transposed {
+            None => Ok(self.pool.output_shape(shape)?.shape),
+            Some(transposed) => transposed.output_shape(&self.pool, shape),
+        }
     }
 
     /// The sizes for pictures of this shape: images, channels, and one or two spatial dimensions.
     fn geometry(&self, shape: &[usize]) -> TractResult<Geometry> {
         let channels = self.pool.input_channels;
         ensure!(shape.len() == self.pool.rank() + 2 && shape[1] == channels, "the input does not fit the filters");
-        let padded = self.pool.computed_padding(&shape[2..]);
+        let output = self.output_shape(shape)?;
+        let pads: TVec<usize> = match &self.transposed {
+            None => self.pool.computed_padding(&shape[2..]).iter().map(|axis| axis.pad_before).collect(),
+            Some(transposed) => (0..self.pool.rank())
+                .map(|axis| transposed.pad_before(&self.pool, axis, shape[axis + 2]))
+                .collect::<TractResult<_>>()?,
+        };
         // A row of a picture is a picture of one row.
         let pair = |one: &dyn Fn(usize) -> usize, missing: usize| match self.pool.rank() {
             1 => [missing, one(0)],
@@ -160,51 +193,12 @@ impl Convolution {
             filters: self.pool.output_channels,
             groups: self.groups,
             input: pair(&|axis| shape[axis + 2], 1),
-            output: pair(&|axis| padded[axis].convoluted, 1),
+            output: pair(&|axis| output[axis + 2], 1),
             kernel: pair(&|axis| self.pool.kernel_shape[axis], 1),
             stride: pair(&|axis| self.pool.stride(axis), 1),
             dilation: pair(&|axis| self.pool.dilation(axis), 1),
-            pad: pair(&|axis| padded[axis].pad_before, 0),
+            pad: pair(&|axis| pads[axis], 0),
         })
-    }
-}
-
-/// Filters that lie in blocks.
-struct Stored<'a>(&'a StoredTensor);
-
-impl Filters for Stored<'_> {
-    type Error = ModelError;
-
-    /// Blocks below each other come one after the other: they use the same rows of the input.
-    fn walk(&mut self, rows: Range<usize>, each: &mut dyn FnMut(FilterTile<'_>)) -> Result<(), ModelError> {
-        let tiling = &self.0.tiling;
-        let (height, across) = (tiling.tile_rows(), tiling.block_cols());
-        let down = rows.start as u32 / height..(rows.end as u32).div_ceil(height);
-        let walk: Vec<u32> = (0..across).flat_map(|col| down.clone().map(move |row| row * across + col)).collect();
-        for_each_block(self.0, &walk, |at, block| {
-            let number = walk[at];
-            let tile = tiling.tile(number / across, number % across).ok_or_else(|| short_block(self.0))?;
-            let (rows, cols) = (tile.rows as usize, tile.cols as usize);
-            let data: &[f32] = bytemuck::try_cast_slice(block).map_err(|_| short_block(self.0))?;
-            if data.len() != rows * cols {
-                return Err(short_block(self.0));
-            }
-            each(FilterTile { row0: tile.row0 as usize, col0: tile.col0 as usize, rows, cols, data });
-            Ok(())
-        })
-    }
-}
-
-impl Stored<'_> {
-    /// All filters, put together: for many groups, each of which uses a few rows of the matrix.
-    fn whole(&mut self, rows: usize, depth: usize) -> Result<Vec<f32>, ModelError> {
-        let mut whole = vec![0.0; rows * depth];
-        self.walk(0..rows, &mut |tile| {
-            for (row, line) in tile.data.chunks_exact(tile.cols).enumerate() {
-                whole[(tile.row0 + row) * depth + tile.col0..][..tile.cols].copy_from_slice(line);
-            }
-        })?;
-        Ok(whole)
     }
 }
 
@@ -213,7 +207,8 @@ impl Convolution {
     /// output need more than slices of the pictures.
     pub fn sliced_inputs(&self, axis: usize) -> Option<TVec<Option<usize>>> {
         let pointwise = |at: usize| {
-            self.pool.kernel_shape.get(at) == Some(&1)
+            self.transposed.is_none()
+                && self.pool.kernel_shape.get(at) == Some(&1)
                 && self.pool.strides().get(at) == Some(&1)
                 && matches!(self.pool.padding, PaddingSpec::Valid)
         };
@@ -228,6 +223,23 @@ impl Convolution {
             inputs.push(Some(axis));
         }
         Some(inputs)
+    }
+}
+
+impl Convolution {
+    fn compute<F: Filters>(
+        &self,
+        out: &mut [f32],
+        pictures: &[f32],
+        images: usize,
+        geometry: &Geometry,
+        filters: &mut F,
+        after: After<'_>,
+    ) -> Result<(), F::Error> {
+        match self.transposed {
+            None => conv(out, pictures, images, geometry, filters, after),
+            Some(_) => transposed_conv(out, pictures, images, geometry, filters, after),
+        }
     }
 }
 
@@ -252,15 +264,19 @@ impl EvalOp for Convolution {
         let pictures = &inputs[0];
         let geometry = self.geometry(pictures.shape())?;
         let images = pictures.shape()[0];
-        if geometry.scratch(images) > SCRATCH {
+        let scratch = match self.transposed {
+            None => geometry.scratch(images),
+            Some(_) => transposed_scratch(&geometry, images),
+        };
+        if scratch > SCRATCH {
             return carry(Err(ModelError::too_large(
                 "a convolution's dilation or padding is too large for its pictures",
             )
             .detail(format!("It is {geometry:?}."))
             .hint("Use a model whose convolutions reach less far.")));
         }
-        let shape = self.pool.output_shape(pictures.shape())?.shape;
-        let mut output = Tensor::zero::<f32>(&shape)?;
+        let shape = self.output_shape(pictures.shape())?;
+        let mut output = pool::output(&shape)?;
         let added = match inputs.last().filter(|_| self.added) {
             Some(added) => {
                 ensure!(added.shape() == &*shape, "what is added has another shape than the convolution");
@@ -279,21 +295,20 @@ impl EvalOp for Convolution {
         let pictures = pictures.as_slice::<f32>()?;
         let mut out = output.try_as_plain_ram_mut()?;
         let out = out.as_slice_mut::<f32>()?;
-        let depth = geometry.depth();
+        let (rows, depth) = self.matrix();
         match &self.stored {
             Some(tensor) if self.groups == 1 => {
-                carry(conv(out, pictures, images, &geometry, &mut Stored(tensor), after))?;
+                carry(self.compute(out, pictures, images, &geometry, &mut Stored(tensor), after))?;
             }
             Some(tensor) => {
-                let data = carry(Stored(tensor).whole(geometry.filters, depth))?;
-                let Ok(()) = conv(out, pictures, images, &geometry, &mut Whole { data: &data, depth }, after);
+                let data = carry(Stored(tensor).whole(rows, depth))?;
+                let Ok(()) = self.compute(out, pictures, images, &geometry, &mut Whole { data: &data, depth }, after);
             }
             None => {
                 let filters = inputs[1].try_as_plain_ram()?;
                 let data = filters.as_slice::<f32>()?;
-                ensure!(data.len() == geometry.filters * depth, "the filters have another shape than was declared");
-                let Ok::<(), Infallible>(()) =
-                    conv(out, pictures, images, &geometry, &mut Whole { data, depth }, after);
+                ensure!(data.len() == rows * depth, "the filters have another shape than was declared");
+                let Ok(()) = self.compute(out, pictures, images, &geometry, &mut Whole { data, depth }, after);
             }
         }
         Ok(tvec!(output.into_tvalue()))
@@ -307,11 +322,17 @@ impl TypedOp for Convolution {
         let wanted = 1 + usize::from(self.stored.is_none()) + usize::from(self.added);
         ensure!(inputs.len() == wanted, "a convolution with {} inputs instead of {wanted}", inputs.len());
         ensure!(inputs.iter().all(|fact| fact.datum_type == f32::datum_type()), "a convolution takes float32");
-        self.pool.output_facts(inputs)
+        match &self.transposed {
+            None => self.pool.output_facts(inputs),
+            Some(transposed) => Ok(tvec!(f32::fact(transposed.output_dims(&self.pool, &inputs[0].shape)?))),
+        }
     }
 
     fn cost(&self, inputs: &[&TypedFact]) -> TractResult<TVec<(Cost, TDim)>> {
-        let pixels: TDim = self.pool.output_shape(&inputs[0].shape)?.shape.iter().product();
-        Ok(tvec!((Cost::FMA(f32::datum_type()), pixels * self.depth())))
+        let rows: TDim = match self.transposed {
+            None => self.pool.output_shape(&inputs[0].shape)?.shape.iter().product(),
+            Some(_) => inputs[0].shape.iter().product(),
+        };
+        Ok(tvec!((Cost::FMA(f32::datum_type()), rows * self.matrix().1)))
     }
 }

@@ -9,7 +9,7 @@ use tensor_blocks::Tiling;
 
 /// Runs a model on constants and on blocks of 16 kB; returns the outputs, which have to agree, and how many tensors lay in
 /// blocks.
-fn both_ways(graph: GraphProto, inputs: &[(&str, HostTensor)]) -> (Vec<Vec<f32>>, usize) {
+pub(super) fn both_ways(graph: GraphProto, inputs: &[(&str, HostTensor)]) -> (Vec<Vec<f32>>, usize) {
     let bytes = model(graph).encode_to_vec();
     let stripped = strip(&bytes, &mut NoExternalData, &mut || Ok(())).unwrap();
     let mut fetch = |ordinal: u32, out: &mut Vec<u8>| {

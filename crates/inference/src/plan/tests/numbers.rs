@@ -285,3 +285,33 @@ fn a_letter_of_one_operand_that_the_output_lacks_is_summed() {
         assert!((value - expected).abs() < 1e-4, "{value} is not {expected}");
     }
 }
+
+#[test]
+fn shapes_that_go_through_int32_stay_symbolic() {
+    let int32 = 6;
+    let plan = compile(graph(
+        vec![info("x", FLOAT, &[N("batch"), S(2), N("width")])],
+        vec![info("y", FLOAT, &[N("batch"), N("all")]), info("count", int32, &[S(1)])],
+        vec![
+            node("Shape", &["x"], &["s"]),
+            node("Cast", &["s"], &["t"]).int("to", int32.into()),
+            node("Slice", &["t", "zero", "one", "zero"], &["rows"]),
+            node("Cast", &["two"], &["small"]).int("to", int32.into()),
+            node("Gather", &["t", "last"], &["width"]),
+            node("Mul", &["width", "small"], &["count"]),
+            node("Concat", &["rows", "count"], &["u"]).int("axis", 0),
+            node("Cast", &["u"], &["v"]).int("to", 7),
+            node("Reshape", &["x", "v"], &["y"]),
+        ],
+        vec![ints("zero", &[1], &[0]), ints("one", &[1], &[1]), ints("two", &[1], &[2]), ints("last", &[1], &[2])],
+    ))
+    .unwrap();
+    assert!(plan.is_general(), "{:?}", plan.doubt());
+    for (rows, width) in [(1, 3), (4, 1), (2, 5)] {
+        let x: Vec<f32> = (0..rows * 2 * width).map(|value| value as f32).collect();
+        let outputs = run(&plan, &[("x", f32s(&[rows, 2, width], &x))]).unwrap();
+        assert_eq!(outputs[0].1.shape, [rows, 2 * width]);
+        assert_eq!(outputs[0].1.to_f32().unwrap(), x);
+        assert_eq!(outputs[1].1.data, TensorData::Raw((2 * width as i32).to_le_bytes().to_vec()));
+    }
+}

@@ -196,3 +196,28 @@ fn operands_that_are_broadcast_are_cut_with_what_they_are_added_to() {
     }
     assert!(spilled > 100, "{spilled}");
 }
+
+#[test]
+fn transposed_convolutions_are_cut_between_images() {
+    let filters: Vec<f32> = (0..3 * 8 * 4).map(|n| ((n * 7) % 11) as f32 / 11.0 - 0.4).collect();
+    let graph = graph(
+        vec![info("x", FLOAT, &[N("batch"), S(3), S(12), S(10)])],
+        vec![info("y", FLOAT, &[N("batch"), S(8), S(1), S(1)])],
+        vec![
+            node("ConvTranspose", &["x", "w"], &["t"]).ints("strides", &[2, 2]),
+            node("Erf", &["t"], &["e"]),
+            node("GlobalMaxPool", &["e"], &["y"]),
+        ],
+        vec![floats("w", &[3, 8, 2, 2], &filters)],
+    );
+    let plan = compile(graph).unwrap();
+    let pictures: Vec<f32> = (0..7 * 3 * 120).map(|n| ((n * 31) % 101) as f32 / 50.0 - 1.0).collect();
+    let input = || vec![("x".to_owned(), HostTensor::from_f32(&[7, 3, 12, 10], &pictures).unwrap())];
+    let cancel = Arc::new(AtomicBool::new(false));
+    let expected = plan.run(input(), &cancel).unwrap()[0].1.to_f32().unwrap().to_vec();
+    let files = files(40_000);
+    let written = files.written.clone();
+    let made = plan.run_on_blocks(input(), files, &cancel).unwrap();
+    assert_eq!(made[0].1.to_f32().unwrap(), expected);
+    assert!(written.lock().unwrap().contains(&(7 * 8 * 480 * 4)), "the pictures go to a file");
+}
