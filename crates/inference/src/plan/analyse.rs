@@ -183,25 +183,73 @@ fn holds_for_all_sizes(op: &dyn InferenceOp, inputs: &TVec<InferenceFact>, outpu
             }
         }
     }
-    symbols.is_empty()
-        || SAMPLES.iter().all(|size| {
-            let mut sizes = SymbolValues::default();
-            for (place, symbol) in symbols.iter().enumerate() {
-                sizes.set(symbol, size(place as i64));
-            }
-            let sample = |value: &Arc<Tensor>| -> TractResult<TValue> {
-                let mut value = (**value).clone();
-                if value.datum_type() == DatumType::TDim {
-                    for dim in value.try_as_plain_ram_mut()?.as_slice_mut::<TDim>()? {
-                        *dim = dim.eval(&sizes);
-                    }
+    if symbols.is_empty() {
+        return true;
+    }
+    let samples = SAMPLES.iter().map(|size| (0..symbols.len()).map(|place| size(place as i64)).collect());
+    let samples: Vec<Vec<i64>> = samples.chain(turning_points(&values, &symbols)).collect();
+    samples.iter().all(|sizes| {
+        let mut of_symbols = SymbolValues::default();
+        for (symbol, size) in symbols.iter().zip(sizes) {
+            of_symbols.set(symbol, *size);
+        }
+        let sample = |value: &Arc<Tensor>| -> TractResult<TValue> {
+            let mut value = (**value).clone();
+            if value.datum_type() == DatumType::TDim {
+                for dim in value.try_as_plain_ram_mut()?.as_slice_mut::<TDim>()? {
+                    *dim = dim.eval(&of_symbols);
                 }
-                Ok(value.into_tvalue())
-            };
-            let computed = values.iter().map(sample).collect::<TractResult<TVec<TValue>>>();
-            match computed.and_then(|values| op.eval_out_of_plan(values)) {
-                Ok(Some(computed)) => computed.iter().zip(&truths).all(|(computed, truth)| **computed == **truth),
-                _ => false,
             }
-        })
+            Ok(value.into_tvalue())
+        };
+        let computed = values.iter().map(sample).collect::<TractResult<TVec<TValue>>>();
+        match computed.and_then(|values| op.eval_out_of_plan(values)) {
+            Ok(Some(computed)) => computed.iter().zip(&truths).all(|(computed, truth)| **computed == **truth),
+            _ => false,
+        }
+    })
+}
+
+/// Sizes at which a comparison of these values may turn: where a size that grows evenly with one symbol comes to one of the
+/// numbers among the values, and beside that.
+fn turning_points(values: &[Arc<Tensor>], symbols: &[Symbol]) -> Vec<Vec<i64>> {
+    let (mut numbers, mut free) = (Vec::new(), Vec::new());
+    for value in values {
+        let Ok(dims) = value.cast_to::<TDim>() else { continue };
+        let Ok(view) = dims.try_as_plain_ram() else { continue };
+        for dim in view.as_slice::<TDim>().unwrap_or(&[]) {
+            match dim.to_i64() {
+                Ok(number) => numbers.push(number),
+                Err(_) => free.push(dim.clone()),
+            }
+        }
+    }
+    let usual: Vec<i64> = (0..symbols.len()).map(|place| SAMPLES[0](place as i64)).collect();
+    let with = |place: usize, size: i64| {
+        let mut sizes = usual.clone();
+        sizes[place] = size;
+        sizes
+    };
+    let at = |dim: &TDim, sizes: &[i64]| {
+        let mut of_symbols = SymbolValues::default();
+        for (symbol, size) in symbols.iter().zip(sizes) {
+            of_symbols.set(symbol, *size);
+        }
+        dim.eval(&of_symbols).to_i64().ok()
+    };
+    let mut points = Vec::new();
+    for dim in &free {
+        for place in 0..symbols.len() {
+            let (Some(one), Some(two)) = (at(dim, &with(place, 1)), at(dim, &with(place, 2))) else { continue };
+            let slope = two.saturating_sub(one);
+            for number in numbers.iter().filter(|_| slope != 0) {
+                let size = number.saturating_sub(one).div_euclid(slope).saturating_add(1);
+                points.extend([-1, 0, 1].map(|by| size.saturating_add(by)).into_iter().filter(|size| *size > 0));
+            }
+            points.sort_unstable();
+            points.dedup();
+        }
+    }
+    let sizes = points.into_iter().flat_map(|size| (0..symbols.len()).map(move |place| (place, size)));
+    sizes.map(|(place, size)| with(place, size)).collect()
 }

@@ -315,3 +315,31 @@ fn shapes_that_go_through_int32_stay_symbolic() {
         assert_eq!(outputs[1].1.data, TensorData::Raw((2 * width as i32).to_le_bytes().to_vec()));
     }
 }
+
+/// tract took "has 50 rows" for never true.
+#[test]
+fn a_comparison_of_a_size_with_a_number() {
+    for (factor, number) in [(1, 50), (3, 75)] {
+        let nodes = vec![
+            node("Shape", &["x"], &["shape"]),
+            node("Gather", &["shape", "first"], &["n"]).int("axis", 0),
+            node("Mul", &["n", "factor"], &["rows"]),
+            node("Equal", &["rows", "number"], &["e"]),
+            node("Cast", &["e"], &["f"]).int("to", 1),
+            node("Add", &["x", "f"], &["y"]),
+        ];
+        let scalars = vec![ints("first", &[], &[0]), ints("factor", &[], &[factor]), ints("number", &[], &[number])];
+        let made = graph(
+            vec![info("x", FLOAT, &[N("batch"), S(1)])],
+            vec![info("y", FLOAT, &[N("batch"), S(1)])],
+            nodes,
+            scalars,
+        );
+        let plan = compile(made).unwrap();
+        for rows in [1, 25, 49, 50, 51, 75] {
+            let y = run(&plan, &[("x", f32s(&[rows, 1], &vec![0.0; rows]))]).unwrap()[0].1.to_f32().unwrap();
+            let expected = f32::from(u8::from(rows as i64 * factor == number));
+            assert_eq!(y, vec![expected; rows], "{rows} rows");
+        }
+    }
+}

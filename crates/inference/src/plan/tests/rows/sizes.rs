@@ -63,5 +63,5 @@ fn a_comparison_with_the_number_of_rows() {
         node("Add", &["m", "f"], &["y"]),
     ]);
     made.initializer.extend([ints("first", &[], &[0]), ints("fifty", &[], &[50])]);
-    dependent("fifty rows", made, "compares the number of rows");
+    dependent("fifty rows", made, "depends on the size of a free dimension");
 }
