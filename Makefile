@@ -1,7 +1,7 @@
 # Every command of the project. `make help` lists them.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint setup models build start stop psql env install uninstall bench bench-storage bench-serving bench-larger bench-cache bench-cache-clients bench-operators pg-regress clean
+.PHONY: help demo test test-full lint setup models build start stop psql env install uninstall bench bench-queries bench-storage bench-serving bench-larger bench-cache bench-cache-clients bench-operators pg-regress clean
 
 help: ## lists these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ pg-regress: setup ## PostgreSQL's own suites with tensor_block as the default ac
 
 bench: models build ## rows/s and MB/s beside PL/Python with ONNX Runtime, in one interleaved run
 	@benches/run
+
+bench-queries: models build ## predictions in plain queries beside PL/Python, a client with COPY, and their bounds
+	@benches/run-queries
 
 bench-storage: models build ## what the block store costs beside heap: loads, WAL, reads
 	@benches/run-storage
