@@ -30,6 +30,22 @@ CREATE VIEW tessera.block_cache_models AS
 COMMENT ON VIEW tessera.block_cache_models IS 'tessera.block_cache_stats by model; versions with equal content are one. Up to 63 models that are in use have a row, shared frames count for each';
 GRANT SELECT ON tessera.block_cache, tessera.block_cache_stats, tessera.block_cache_models TO PUBLIC;
 
+CREATE FUNCTION tessera.prediction_counts(OUT models text[], OUT calls bigint, OUT rows bigint, OUT batches bigint,
+    OUT time_ms double precision, OUT errors bigint)
+    RETURNS SETOF record LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED AS 'MODULE_PATHNAME', 'tessera_prediction_counts';
+COMMENT ON FUNCTION tessera.prediction_counts() IS 'predictions with the models of this database; read tessera.model_stats';
+CREATE VIEW tessera.model_stats AS
+    SELECT pg_catalog.split_part(n.name, '@', 1) AS model, pg_catalog.split_part(n.name, '@', 2)::integer AS version,
+           p.calls, p.rows, p.batches, p.time_ms, p.errors, c.hits AS cache_hits, c.misses AS cache_misses
+    FROM tessera.prediction_counts() p CROSS JOIN LATERAL pg_catalog.unnest(p.models) AS n(name)
+    LEFT JOIN tessera.block_cache_models c ON n.name = ANY (c.models);
+COMMENT ON VIEW tessera.model_stats IS 'predictions by model and version since the server started, or since reset_model_stats(); versions with equal content are counted together';
+GRANT SELECT ON tessera.model_stats TO PUBLIC;
+CREATE FUNCTION reset_model_stats() RETURNS void
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED AS 'MODULE_PATHNAME', 'tessera_reset_model_stats';
+COMMENT ON FUNCTION reset_model_stats() IS 'sets the counts of tessera.model_stats to zero';
+REVOKE ALL ON FUNCTION reset_model_stats() FROM PUBLIC;
+
 CREATE FUNCTION tessera.check_cache(OUT problem text, OUT frame integer, OUT detail text) RETURNS SETOF record
     LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED AS 'MODULE_PATHNAME', 'tessera_check_cache';
 COMMENT ON FUNCTION tessera.check_cache() IS 'a row for each broken invariant of the block cache; none when it is sound. Stops all use of the cache for a moment';

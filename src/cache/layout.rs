@@ -33,7 +33,7 @@ const ENTRIES_PER_FRAME: usize = 8;
 pub const NONE: u32 = u32::MAX;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"tessblkc");
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Counts since the server started, or since they were reset.
 #[repr(C)]
@@ -100,6 +100,23 @@ pub struct Header {
     pub reset_at: AtomicU64,
     /// Of the whole cache.
     pub counters: Counters,
+    /// Of predictions. Rows are taken under the slots lock.
+    pub stats: [Stat; STATS],
+}
+
+/// Models of which predictions are counted.
+pub const STATS: usize = 256;
+
+/// Predictions with a model.
+#[repr(C)]
+pub struct Stat {
+    /// OID of its database, 0 in a row that is not used.
+    pub database: AtomicU32,
+    _unused: AtomicU32,
+    /// Its content hash.
+    pub hash: [AtomicU64; 4],
+    /// Calls, rows, runs, nanoseconds, errors.
+    pub counts: [AtomicU64; 5],
 }
 
 /// A model that is being used.

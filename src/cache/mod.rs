@@ -29,6 +29,7 @@ mod partition;
 mod pin;
 mod replace;
 pub mod settings;
+mod statistics;
 mod view;
 
 #[cfg(any(test, feature = "pg_test"))]
@@ -38,6 +39,7 @@ pub use area::init;
 pub use check::check;
 pub use models::{ModelSlot, keep, model_slot, note_run, release};
 pub use pin::{Pin, is_cached, pin};
+pub use statistics::{Prediction, note, reset_statistics, statistics};
 #[cfg(any(test, feature = "pg_test"))]
 pub use view::Counts;
 pub use view::{FrameView, frames, models, reset, totals};

@@ -12,6 +12,8 @@ sql_functions!(
     cache_frames,
     cache_totals,
     cache_models,
+    prediction_counts,
+    reset_model_stats,
     check_cache,
     reset_cache_stats,
     keep_model,
@@ -77,6 +79,24 @@ fn cache_models(call: &Call) -> pg_sys::Datum {
         rows.push(&row);
     }
     call.null()
+}
+
+fn prediction_counts(call: &Call) -> pg_sys::Datum {
+    let visible = catalog::visible_contents();
+    let mut rows = Rows::start(call);
+    for model in cache::statistics() {
+        let Some(names) = names_of([(model.database, model.content_hash)].into_iter(), &visible) else { continue };
+        let [calls, of_rows, runs, nanoseconds, errors] = model.counts;
+        let count = |n: u64| (n as i64).into_datum();
+        let milliseconds = (nanoseconds as f64 / 1e6).into_datum();
+        rows.push(&[names.into_datum(), count(calls), count(of_rows), count(runs), milliseconds, count(errors)]);
+    }
+    call.null()
+}
+
+fn reset_model_stats(_: &Call) -> pg_sys::Datum {
+    cache::reset_statistics();
+    pg_sys::Datum::from(0)
 }
 
 fn check_cache(call: &Call) -> pg_sys::Datum {

@@ -45,7 +45,7 @@ fn predict_rows<T: Element>(spec: &str, dims: &[usize], values: &[T]) -> pg_sys:
     };
     let predict = |rows: usize, values: &[T]| {
         let input = from_rows(port, rows, width, values).unwrap_or_else(|e| error::raise_model(e));
-        let outputs = run(&model, vec![(port.name.clone(), input)]);
+        let outputs = run(&model, vec![(port.name.clone(), input)], rows as u64);
         let Some((_, first)) = outputs.first() else {
             error::not_supported("the model has no output", "Load a model with at least one output.")
         };
@@ -136,7 +136,9 @@ fn predict_jsonb(call: &Call) -> pg_sys::Datum {
     let model = model_of(spec);
     let inputs = json_argument(call, 1);
     let inputs = json::inputs_from_json(model.plan.signature(), &inputs).unwrap_or_else(|e| error::raise_model(e));
-    let outputs = run(&model, inputs);
+    let first = inputs.first().and_then(|(_, tensor)| tensor.shape.first().copied());
+    let rows = first.filter(|_| model.plan.batch_is_free()).unwrap_or(1);
+    let outputs = run(&model, inputs, rows as u64);
     let value = json::outputs_to_json(&outputs).unwrap_or_else(|e| error::raise_model(e));
     pgrx::JsonB(value).into_datum().unwrap_or_else(|| varlena_datum(&[]))
 }

@@ -99,7 +99,8 @@ impl InUse {
             };
             let input = rows.tensor(&self.port, from, from + count)?;
             let begin = Instant::now();
-            let outputs = serving::try_run(&self.model, vec![(self.port.name.clone(), input)])?;
+            let outputs =
+                serving::try_run(&self.model, vec![(self.port.name.clone(), input)], count as u64, count as u64)?;
             done.time += begin.elapsed();
             done.batches += 1;
             done.rows += count as u64;

@@ -6,6 +6,7 @@
 
 use super::settings;
 use super::source::ModelBlocks;
+use crate::cache::Prediction;
 use crate::catalog::{self, ModelSpec};
 use crate::pg::snapshot::SnapshotIdentity;
 use crate::pg::{compute, interrupt};
@@ -19,6 +20,7 @@ use std::cell::RefCell;
 use std::num::NonZeroUsize;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, LazyLock};
+use std::time::Instant;
 use tensor_blocks::Tiling;
 
 /// Names that a session remembers.
@@ -142,15 +144,28 @@ fn shrink() {
 
 /// Runs the plan: in place when that is quick, else on the compute thread while this one listens for interrupts and gets the
 /// blocks.
-pub fn run(model: &Arc<Model>, inputs: Vec<(String, HostTensor)>) -> Vec<(String, HostTensor)> {
-    try_run(model, inputs).unwrap_or_else(|e| interrupt::raise_or_model(e))
+pub fn run(model: &Arc<Model>, inputs: Vec<(String, HostTensor)>, rows: u64) -> Vec<(String, HostTensor)> {
+    try_run(model, inputs, 1, rows).unwrap_or_else(|e| interrupt::raise_or_model(e))
 }
 
-/// As [`run`]; what the model cannot compute is returned.
+/// As [`run`], for so many calls; what the model cannot compute is returned.
 ///
 /// # Errors
 /// As [`Plan::run`]; errors of the server are raised.
-pub fn try_run(model: &Arc<Model>, inputs: Vec<(String, HostTensor)>) -> Result<Vec<(String, HostTensor)>, ModelError> {
+pub fn try_run(
+    model: &Arc<Model>,
+    inputs: Vec<(String, HostTensor)>,
+    calls: u64,
+    rows: u64,
+) -> Result<Vec<(String, HostTensor)>, ModelError> {
+    let begin = Instant::now();
+    let result = run_plan(model, inputs);
+    let nanoseconds = u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    model.blocks.note_prediction(Prediction { calls, rows, nanoseconds, failed: result.is_err() });
+    result
+}
+
+fn run_plan(model: &Arc<Model>, inputs: Vec<(String, HostTensor)>) -> Result<Vec<(String, HostTensor)>, ModelError> {
     static GO_ON: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
     interrupt::check();
     let Model { plan, blocks } = &**model;

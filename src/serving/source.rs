@@ -79,6 +79,12 @@ impl ModelBlocks {
         cache::note_run(self.slot());
     }
 
+    /// Counts a prediction for the statistics.
+    pub fn note_prediction(&self, prediction: cache::Prediction) {
+        // SAFETY: set once, when the session begins.
+        cache::note(unsafe { pg_sys::MyDatabaseId }, &self.content_hash, prediction);
+    }
+
     fn lock(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
