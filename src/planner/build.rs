@@ -155,7 +155,7 @@ pub unsafe fn outer_column(node: *mut Node) -> Option<usize> {
     // SAFETY: by the contract.
     unsafe {
         let var = nodes::cast::<pg_sys::Var>(node, NodeTag::T_Var)?;
-        ((*var).varno as i32 == pg_sys::OUTER_VAR).then_some((*var).varattno as usize)
+        ((*var).varno == pg_sys::OUTER_VAR).then_some((*var).varattno as usize)
     }
 }
 
