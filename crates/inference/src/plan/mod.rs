@@ -19,6 +19,7 @@ mod branch;
 mod build;
 mod cast;
 mod classical;
+mod concrete;
 mod conv;
 mod legacy;
 mod modulo;
