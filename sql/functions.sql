@@ -30,6 +30,7 @@ COMMENT ON FUNCTION drop_model(text, integer) IS 'drops a model, or one version 
 -- Tells the planner what predict costs.
 CREATE FUNCTION tessera.predict_support(internal) RETURNS internal
     LANGUAGE c STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'tessera_predict_support';
+COMMENT ON FUNCTION tessera.predict_support(internal) IS 'planner support of predict: its cost, from the floating-point operations of the model';
 
 -- Prediction. The text form takes untyped literals and parameters: predict('m', '{1,2}'), predict($1, $2).
 CREATE FUNCTION predict(model text, input real[]) RETURNS real[]
