@@ -125,6 +125,7 @@ def cases(folder):
         yield f"fraud FC 28-256-2, {rows}", MODELS / "fraud_fc_256.onnx", {"x": floats(rows, 28)}
     for rows in (1, 32, 1024):
         yield f"MLP 1024-2048-2048-1024, {rows}", made["mlp"], {"x": floats(rows, 1024)}
+    yield "MLP of 101 MB, 1", MODELS / "big_mlp.onnx", {"x": floats(1, 2048)}
     for rows in (1, 32, 1024):
         yield f"small CNN, {rows}", MODELS / "cnn.onnx", {"x": floats(rows, 3, 32, 32)}
     for rows in (1, 8):
@@ -133,7 +134,7 @@ def cases(folder):
     yield "OCR orientation, 8", MODELS / "ocr_turn.onnx", {"x": floats(8, 3, 48, 192)}
     yield "OCR recognition, 1", MODELS / "ocr_read.onnx", {"x": floats(1, 3, 48, 320)}
     yield "OCR detection, 320 x 320", MODELS / "ocr_detect.onnx", {"x": floats(1, 3, 320, 320)}
-    for rows in (1, 32):
+    for rows in (1, 32, 1024):
         tokens = {"input_ids": random.integers(1000, 20000, (rows, 32)), "attention_mask": np.ones((rows, 32), np.int64)}
         yield f"MiniLM-L3, {rows} x 32 tokens", MODELS / "minilm.onnx", tokens
     for rows in (1, 32):
