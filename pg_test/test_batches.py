@@ -8,6 +8,8 @@ import pytest
 
 from helpers import load
 
+pytestmark = pytest.mark.newer
+
 P = "predict('fraud', x)"
 
 # Queries, and how many nodes compute predictions in them with the default settings.

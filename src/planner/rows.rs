@@ -182,6 +182,10 @@ impl Scan {
                 self.nulls.push(value.is_none());
                 self.values.push(value.map_or(pg_sys::Datum::from(0), |value| exec::copy(value, by_value, len)));
             }
+            if !self.table_scan.is_null() {
+                let slot = (*self.table_scan).ss_ScanTupleSlot;
+                self.origins.push(((*slot).tts_tid, (*slot).tts_tableOid));
+            }
             pg_sys::CurrentMemoryContext = caller;
             self.values.resize(self.values.len() + self.calls.len(), pg_sys::Datum::from(0));
             self.nulls.resize(self.nulls.len() + self.calls.len(), true);

@@ -96,6 +96,10 @@ pub struct Scan {
     pub(super) values: Vec<pg_sys::Datum>,
     pub(super) nulls: Vec<bool>,
     pub(super) rows: Vec<Row>,
+    /// The child if it scans a table, for WHERE CURRENT OF; else null.
+    pub(super) table_scan: *mut pg_sys::ScanState,
+    /// Of a scan of a table, by row, where the row lies.
+    pub(super) origins: Vec<(pg_sys::ItemPointerData, pg_sys::Oid)>,
     /// The next row to hand on.
     pub(super) at: usize,
     /// Rows of the next batch, and what is held of it.
@@ -155,6 +159,8 @@ unsafe extern "C-unwind" fn begin(node: *mut pg_sys::CustomScanState, estate: *m
             values: Vec::new(),
             nulls: Vec::new(),
             rows: Vec::new(),
+            table_scan: table_scan(child),
+            origins: Vec::new(),
             at: 0,
             size: 1,
             within: usize::MAX,
@@ -164,9 +170,37 @@ unsafe extern "C-unwind" fn begin(node: *mut pg_sys::CustomScanState, estate: *m
             largest: 0,
             layout,
         });
+        if !scan.table_scan.is_null() {
+            // By which execCurrentOf (execCurrent.c) finds the scan of a cursor; it asks our slot for the row's place.
+            (*node).ss.ss_currentRelation = (*scan.table_scan).ss_currentRelation;
+        }
         let scan = Box::into_raw(scan);
         (*node.cast::<NodeState>()).scan = scan;
         memory::drop_with((*estate).es_query_cxt, scan);
+    }
+}
+
+/// The child as a scan of a table whose slot says where each row lies; else null.
+///
+/// # Safety
+/// `child` is an initialised plan.
+unsafe fn table_scan(child: *mut pg_sys::PlanState) -> *mut pg_sys::ScanState {
+    // SAFETY: these states begin with a ScanState.
+    unsafe {
+        let scan = child.cast::<pg_sys::ScanState>();
+        match nodes::tag(child) {
+            NodeTag::T_SeqScanState
+            | NodeTag::T_SampleScanState
+            | NodeTag::T_IndexScanState
+            | NodeTag::T_BitmapHeapScanState
+            | NodeTag::T_TidScanState
+            | NodeTag::T_TidRangeScanState
+                if !(*scan).ss_currentRelation.is_null() =>
+            {
+                scan
+            }
+            _ => std::ptr::null_mut(),
+        }
     }
 }
 
@@ -294,6 +328,7 @@ impl Scan {
         self.values.clear();
         self.nulls.clear();
         self.rows.clear();
+        self.origins.clear();
         self.at = 0;
         for call in &mut self.calls {
             call.clear();
@@ -341,7 +376,13 @@ impl Scan {
     pub(super) unsafe fn show(&self, slot: *mut pg_sys::TupleTableSlot, row: usize) {
         let range = row * self.width..(row + 1) * self.width;
         // SAFETY: the slot has a column for each value.
-        unsafe { exec::store(slot, &self.values[range.clone()], &self.nulls[range]) };
+        unsafe {
+            exec::store(slot, &self.values[range.clone()], &self.nulls[range]);
+            if let Some(&(place, table)) = self.origins.get(row) {
+                (*slot).tts_tid = place;
+                (*slot).tts_tableOid = table;
+            }
+        }
     }
 
     pub(super) fn put(&mut self, row: usize, call: usize, value: Option<pg_sys::Datum>) {
