@@ -104,10 +104,10 @@ pub fn resolve(spec: &ModelSpec<'_>) -> VersionRow {
 
 /// True if there is a model of that name, of which the caller may use a version of that number.
 pub fn is_usable(spec: &str) -> bool {
-    let usable =
-        by_index(relation(c"model"), relation(c"model_name_key"), &[Key::Text(ModelSpec::parse(spec).name)], |row| {
-            ControlFlow::Break(row.get::<pg_sys::Oid>(5).is_some_and(may_use))
-        });
+    let name = spec.split_once('@').map_or(spec, |(name, _)| name);
+    let usable = by_index(relation(c"model"), relation(c"model_name_key"), &[Key::Text(name)], |row| {
+        ControlFlow::Break(row.get::<pg_sys::Oid>(5).is_some_and(may_use))
+    });
     usable == Some(true) && estimate(spec).is_some()
 }
 

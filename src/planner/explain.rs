@@ -28,7 +28,9 @@ pub unsafe fn explain(node: *mut pg_sys::CustomScanState, scan: &mut Scan, expla
             models.push(format!("{shown}{note}"));
         }
         models.dedup();
-        text(c"Model", &models.join("; "), explain);
+        if !models.is_empty() {
+            text(c"Model", &models.join("; "), explain);
+        }
         integer(c"Batch Size", settings::batch_size() as i64, explain);
         if (*explain).analyze && !(*node).ss.ps.instrument.is_null() {
             integer(c"Batches", scan.done.batches as i64, explain);
