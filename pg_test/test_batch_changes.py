@@ -64,14 +64,20 @@ def test_cursors(t):
         assert t.execute("FETCH 300 FROM c").fetchall() == wanted[:300]
         assert t.execute("FETCH BACKWARD 10 FROM c").fetchall() == wanted[289:299][::-1]
         assert t.execute("FETCH ABSOLUTE 1000 FROM c").fetchall() == wanted[-1:]
+        t.execute(f"DECLARE e CURSOR FOR {query}")
+        assert t.execute("FETCH 300 FROM e").fetchall() == wanted[:300]
+        assert t.execute("FETCH BACKWARD 10 FROM e").fetchall() == wanted[289:299][::-1]
+        t.execute("SELECT reset_model_stats()")
         t.execute(f"DECLARE d NO SCROLL CURSOR WITH HOLD FOR {query}")
-        assert t.execute("FETCH 3 FROM d").fetchall() == wanted[:3]
-    assert t.execute("FETCH ALL FROM d").fetchall() == wanted[3:]
+        assert t.execute("FETCH 30 FROM d").fetchall() == wanted[:30]
+        assert t.execute("SELECT batches FROM tessera.model_stats").fetchone()[0] < 10
+    assert t.execute("FETCH ALL FROM d").fetchall() == wanted[30:]
 
 
-def test_a_row_of_a_cursor_is_changed(t):
+@pytest.mark.parametrize("kind", ["", "NO SCROLL", "SCROLL"])
+def test_a_row_of_a_cursor_is_changed(t, kind):
     with t.transaction():
-        t.execute(f"DECLARE c CURSOR FOR SELECT id, {P} FROM t")
+        t.execute(f"DECLARE c {kind} CURSOR FOR SELECT id, {P} FROM t")
         for wanted in range(1, 30):
             (found, _), = t.execute("FETCH c").fetchall()
             assert found == wanted

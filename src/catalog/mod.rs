@@ -9,6 +9,6 @@ mod write;
 
 pub use blocks::{BlockRef, OpenWeights, block_refs, prefetch_block, read_block};
 pub use names::{ModelSpec, check_name};
-pub use read::{TensorRow, estimate, graph, read_tensor, resolve, signature_of_content, tensors};
+pub use read::{TensorRow, estimate, graph, is_usable, read_tensor, resolve, signature_of_content, tensors};
 pub use visible::visible_contents;
 pub use write::{NewVersion, activate, check_owner, declare_rows, drop_model, drop_orphans, rename, store};

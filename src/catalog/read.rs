@@ -102,6 +102,15 @@ pub fn resolve(spec: &ModelSpec<'_>) -> VersionRow {
     })
 }
 
+/// True if there is a model of that name, of which the caller may use a version of that number.
+pub fn is_usable(spec: &str) -> bool {
+    let name = spec.split_once('@').map_or(spec, |(name, _)| name);
+    let usable = by_index(relation(c"model"), relation(c"model_name_key"), &[Key::Text(name)], |row| {
+        ControlFlow::Break(row.get::<pg_sys::Oid>(5).is_some_and(may_use))
+    });
+    usable == Some(true) && estimate(spec).is_some()
+}
+
 /// What is known of a version without running it.
 pub struct Estimate {
     /// Number of the version.
@@ -147,9 +156,9 @@ pub(super) fn no_such_model(name: &str) -> ! {
     )
 }
 
-fn check_usage(domain: pg_sys::Oid, name: &str) {
+fn may_use(domain: pg_sys::Oid) -> bool {
     // SAFETY: syscache look-ups in a transaction.
-    let allowed = unsafe {
+    unsafe {
         let user = pg_sys::GetUserId();
         #[cfg(any(feature = "pg14", feature = "pg15"))]
         let result = pg_sys::pg_type_aclcheck(domain, user, pg_sys::ACL_USAGE as pg_sys::AclMode);
@@ -157,8 +166,11 @@ fn check_usage(domain: pg_sys::Oid, name: &str) {
         let result =
             pg_sys::object_aclcheck(pg_sys::TypeRelationId, domain, user, pg_sys::ACL_USAGE as pg_sys::AclMode);
         result == pg_sys::AclResult::ACLCHECK_OK
-    };
-    if !allowed {
+    }
+}
+
+fn check_usage(domain: pg_sys::Oid, name: &str) {
+    if !may_use(domain) {
         error::raise(
             PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
             format!("permission denied for model \"{name}\""),

@@ -16,9 +16,11 @@ pub unsafe fn explain(node: *mut pg_sys::CustomScanState, scan: &mut Scan, expla
         let context = (*node).ss.ps.ps_ExprContext;
         let mut models: Vec<String> = Vec::new();
         for call in &mut scan.calls {
-            let Some(spec) = call.name(context) else { continue };
+            let Some(spec) = call.name_to_show(context) else { continue };
             let name = spec.split('@').next().unwrap_or(spec);
-            let shown = match catalog::estimate(spec) {
+            // auto_explain asks when the query's snapshot may be gone.
+            let known = if pg_sys::ActiveSnapshotSet() { catalog::estimate(spec) } else { None };
+            let shown = match known {
                 Some(estimate) => format!("{name}, version {}", estimate.version),
                 None => spec.to_owned(),
             };
@@ -26,7 +28,9 @@ pub unsafe fn explain(node: *mut pg_sys::CustomScanState, scan: &mut Scan, expla
             models.push(format!("{shown}{note}"));
         }
         models.dedup();
-        text(c"Model", &models.join("; "), explain);
+        if !models.is_empty() {
+            text(c"Model", &models.join("; "), explain);
+        }
         integer(c"Batch Size", settings::batch_size() as i64, explain);
         if (*explain).analyze && !(*node).ss.ps.instrument.is_null() {
             integer(c"Batches", scan.done.batches as i64, explain);

@@ -33,7 +33,7 @@ unsafe extern "C-unwind" fn plan(
             None => pg_sys::standard_planner(query, text, cursor_options, parameters),
         };
         if wanted {
-            rewrite::statement(planned, volatile, cursor_options as u32 & pg_sys::CURSOR_OPT_SCROLL != 0);
+            rewrite::statement(planned, volatile, cursor_options as u32);
         }
         planned
     }

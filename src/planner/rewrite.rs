@@ -9,20 +9,28 @@ use super::tree;
 use crate::pg::nodes::{self, Node};
 use pgrx::pg_sys::{self, NodeTag, Plan};
 
-/// Rewrites all plans of a statement. `volatile`: the query has volatile functions. `scroll`: its rows may be asked for
-/// backwards.
+/// Rewrites all plans of a statement. `volatile`: the query has volatile functions.
 ///
 /// # Safety
 /// `statement` comes from the planner, and is not in use yet.
-pub unsafe fn statement(statement: *mut pg_sys::PlannedStmt, volatile: bool, scroll: bool) {
+pub unsafe fn statement(statement: *mut pg_sys::PlannedStmt, volatile: bool, cursor_options: u32) {
     // SAFETY: by the contract.
     unsafe {
-        let mut rewriter = Rewriter { volatile, made: false, next_id: 0 };
+        // A subplan that locks rows may be evaluated for each row of a plan.
+        let locks = nodes::items::<Plan>((*statement).subplans).any(|plan| !plan.is_null() && tree::locks_rows(plan));
+        let mut rewriter = Rewriter { volatile: volatile || locks, made: false, next_id: 0 };
+        let scroll = cursor_options & pg_sys::CURSOR_OPT_SCROLL != 0;
+        // One that does not go backwards is no different from a query; for WHERE CURRENT OF the node says where its row lies.
+        let declared =
+            cursor_options & pg_sys::CURSOR_OPT_FAST_PLAN != 0 && cursor_options & pg_sys::CURSOR_OPT_NO_SCROLL == 0;
         let trees = std::iter::once((*statement).planTree).chain(nodes::items((*statement).subplans));
         for tree in trees.filter(|tree| !tree.is_null()) {
             rewriter.number(tree);
         }
-        (*statement).planTree = rewriter.plan((*statement).planTree);
+        (*statement).planTree = match declared {
+            true => rewriter.cursor((*statement).planTree),
+            false => rewriter.plan((*statement).planTree),
+        };
         let count = if (*statement).subplans.is_null() { 0 } else { (*(*statement).subplans).length as usize };
         for at in 0..count {
             let cell = (*(*statement).subplans).elements.add(at);
@@ -68,14 +76,49 @@ impl Rewriter {
             let marks = nodes::tag(plan) == NodeTag::T_MergeJoin;
             let inner = (*plan).righttree;
             tree::change_children(plan, &mut |child| {
-                // The inner side of a merge join goes back to a mark, which our node does not.
-                if marks && child == inner {
-                    tree::change_children(child, &mut |grandchild| self.plan(grandchild));
-                    return child;
-                }
-                self.plan(child)
+                if marks && child == inner { self.marked(child) } else { self.plan(child) }
             });
             self.top(plan)
+        }
+    }
+
+    /// The inner side of a merge join: it goes back to a mark, which our node does not.
+    ///
+    /// # Safety
+    /// `plan` is a finished plan.
+    unsafe fn marked(&mut self, plan: *mut Plan) -> *mut Plan {
+        // SAFETY: by the contract.
+        unsafe {
+            // A Result has its child go back.
+            let passes = nodes::tag(plan) == NodeTag::T_Result;
+            tree::change_children(plan, &mut |child| if passes { self.marked(child) } else { self.plan(child) });
+            plan
+        }
+    }
+
+    /// The plan of a cursor that may go backwards. Scans stay as they are as far as rows come from them one by one: FETCH
+    /// BACKWARD goes through them.
+    ///
+    /// # Safety
+    /// `plan` is a finished plan.
+    unsafe fn cursor(&mut self, plan: *mut Plan) -> *mut Plan {
+        // SAFETY: by the contract.
+        unsafe {
+            pg_sys::check_stack_depth();
+            match nodes::tag(plan) {
+                NodeTag::T_Result
+                | NodeTag::T_Limit
+                | NodeTag::T_LockRows
+                | NodeTag::T_Append
+                | NodeTag::T_MergeAppend
+                | NodeTag::T_SubqueryScan => tree::change_children(plan, &mut |child| self.cursor(child)),
+                tag => {
+                    if !is_scan(tag) {
+                        return self.plan(plan);
+                    }
+                }
+            }
+            plan
         }
     }
 
@@ -168,12 +211,19 @@ impl Rewriter {
             }
             let width = nodes::items::<Node>((*child).targetlist).count();
             // Nested calls are computed with the outer one.
-            let exchange = |list: *mut pg_sys::List| {
-                nodes::changed(list.cast(), &mut |part| {
+            let column_for = |list: *mut Node| {
+                nodes::changed(list, &mut |part| {
                     let call = calls.find(part)?;
                     Some(nodes::var_like(pg_sys::OUTER_VAR, width + call + 1, part))
                 })
-                .cast::<pg_sys::List>()
+            };
+            let everywhere = nodes::tag(plan) == NodeTag::T_ProjectSet;
+            let exchange = |list: *mut pg_sys::List| {
+                let changed = match everywhere {
+                    true => column_for(list.cast()),
+                    false => nodes::changed(list.cast(), &mut |part| in_aggregate(part, &column_for)),
+                };
+                changed.cast::<pg_sys::List>()
             };
             let (target, conditions) = (exchange((*plan).targetlist), exchange((*plan).qual));
             let used = used_columns(plan, target, conditions);
@@ -228,6 +278,26 @@ impl Rewriter {
     }
 }
 
+/// True for plans that read what is no plan below them.
+fn is_scan(tag: NodeTag) -> bool {
+    matches!(
+        tag,
+        NodeTag::T_SeqScan
+            | NodeTag::T_SampleScan
+            | NodeTag::T_IndexScan
+            | NodeTag::T_IndexOnlyScan
+            | NodeTag::T_BitmapHeapScan
+            | NodeTag::T_TidScan
+            | NodeTag::T_TidRangeScan
+            | NodeTag::T_FunctionScan
+            | NodeTag::T_ValuesScan
+            | NodeTag::T_TableFuncScan
+            | NodeTag::T_CteScan
+            | NodeTag::T_NamedTuplestoreScan
+            | NodeTag::T_WorkTableScan
+    )
+}
+
 /// True for plans that compute any target list over what they read.
 ///
 /// # Safety
@@ -235,23 +305,8 @@ impl Rewriter {
 unsafe fn projects(plan: *mut Plan) -> bool {
     // SAFETY: by the contract.
     match unsafe { nodes::tag(plan) } {
-        NodeTag::T_SeqScan
-        | NodeTag::T_SampleScan
-        | NodeTag::T_IndexScan
-        | NodeTag::T_IndexOnlyScan
-        | NodeTag::T_BitmapHeapScan
-        | NodeTag::T_TidScan
-        | NodeTag::T_TidRangeScan
-        | NodeTag::T_SubqueryScan
-        | NodeTag::T_FunctionScan
-        | NodeTag::T_ValuesScan
-        | NodeTag::T_TableFuncScan
-        | NodeTag::T_CteScan
-        | NodeTag::T_NamedTuplestoreScan
-        | NodeTag::T_WorkTableScan
-        | NodeTag::T_NestLoop
-        | NodeTag::T_MergeJoin
-        | NodeTag::T_HashJoin => true,
+        tag if is_scan(tag) => true,
+        NodeTag::T_SubqueryScan | NodeTag::T_NestLoop | NodeTag::T_MergeJoin | NodeTag::T_HashJoin => true,
         // SAFETY: by the contract.
         NodeTag::T_Result => unsafe { !(*plan).lefttree.is_null() },
         _ => false,
@@ -268,6 +323,28 @@ unsafe fn is_part(node: *mut Node) -> bool {
         unsafe { nodes::tag(node) },
         NodeTag::T_Var | NodeTag::T_Aggref | NodeTag::T_WindowFunc | NodeTag::T_GroupingFunc
     )
+}
+
+/// If the node is an aggregate or a window function, a copy of it with what it evaluates for each row changed. Outside of
+/// these, and in direct arguments, columns are those of a group: of several grouping sets some are null there.
+///
+/// # Safety
+/// `node` is an expression.
+unsafe fn in_aggregate(node: *mut Node, change: &dyn Fn(*mut Node) -> *mut Node) -> Option<*mut Node> {
+    // SAFETY: by the contract.
+    unsafe {
+        if nodes::cast::<pg_sys::Aggref>(node, NodeTag::T_Aggref).is_some() {
+            let copy = pg_sys::copyObjectImpl(node.cast()).cast::<pg_sys::Aggref>();
+            (*copy).args = change((*copy).args.cast()).cast();
+            (*copy).aggfilter = change((*copy).aggfilter.cast()).cast();
+            return Some(copy.cast());
+        }
+        nodes::cast::<pg_sys::WindowFunc>(node, NodeTag::T_WindowFunc)?;
+        let copy = pg_sys::copyObjectImpl(node.cast()).cast::<pg_sys::WindowFunc>();
+        (*copy).args = change((*copy).args.cast()).cast();
+        (*copy).aggfilter = change((*copy).aggfilter.cast()).cast();
+        Some(copy.cast())
+    }
 }
 
 /// Calls in the arguments of aggregates and window functions that are evaluated for each row.

@@ -9,6 +9,7 @@
 
 use super::batch::{Done, InUse};
 use super::layout::{CallLayout, Layout};
+use crate::catalog;
 use crate::pg::{exec, memory, nodes};
 use inference::array::RowBuffer;
 use pgrx::pg_sys::{self, NodeTag};
@@ -61,6 +62,7 @@ struct NodeState {
 /// A call at work.
 pub struct CallState {
     pub(super) layout: CallLayout,
+    model_node: *mut nodes::Node,
     pub(super) model_expr: *mut pg_sys::ExprState,
     /// The array; where it is a column of the child's row, which one.
     pub(super) input_expr: *mut pg_sys::ExprState,
@@ -70,6 +72,8 @@ pub struct CallState {
     /// The name, once it was asked for; none for NULL.
     pub(super) spec: Option<Option<String>>,
     pub(super) model: Option<InUse>,
+    /// There is no model of that name that the role may use: only the function itself says so, if it comes to a call.
+    pub(super) refused: bool,
     pub(super) rows: RowBuffer,
     /// By row of the batch, its place in `rows`.
     pub(super) places: Vec<Option<u32>>,
@@ -258,12 +262,14 @@ impl CallState {
             let (model, input) = (model.unwrap_or(std::ptr::null_mut()), input.unwrap_or(std::ptr::null_mut()));
             CallState {
                 layout,
+                model_node: model.cast(),
                 model_expr: pg_sys::ExecInitExpr(model, parent),
                 input_expr: pg_sys::ExecInitExpr(input, parent),
                 input_column: if layout.early { super::build::outer_column(input.cast()) } else { None },
                 whole: pg_sys::ExecInitExpr(call.cast(), parent),
                 spec: None,
                 model: None,
+                refused: false,
                 rows: RowBuffer::default(),
                 places: Vec::new(),
             }
@@ -293,6 +299,25 @@ impl CallState {
             .as_deref()
     }
 
+    /// The name as far as it is known without running a part of the query, for EXPLAIN.
+    ///
+    /// # Safety
+    /// `context` is the node's.
+    pub(super) unsafe fn name_to_show(&mut self, context: *mut pg_sys::ExprContext) -> Option<&str> {
+        // SAFETY: by the contract; parameters from outside are there before the query begins, or not at all.
+        let constant = unsafe {
+            let given = !(*context).ecxt_param_list_info.is_null();
+            nodes::cast::<pg_sys::Const>(self.model_node, NodeTag::T_Const).is_some()
+                || nodes::cast::<pg_sys::Param>(self.model_node, NodeTag::T_Param)
+                    .is_some_and(|param| given && (*param).paramkind == pg_sys::ParamKind::PARAM_EXTERN)
+        };
+        if self.spec.is_none() && !constant {
+            return None;
+        }
+        // SAFETY: by the contract.
+        unsafe { self.name(context) }
+    }
+
     /// Gets the model ready. False if rows of it have to be predicted one by one.
     ///
     /// # Safety
@@ -300,9 +325,15 @@ impl CallState {
     pub(super) unsafe fn ready(&mut self, context: *mut pg_sys::ExprContext) -> bool {
         // SAFETY: by the contract.
         let Some(spec) = (unsafe { self.name(context) }).map(str::to_owned) else {
-            self.model = None;
+            (self.model, self.refused) = (None, false);
             return true;
         };
+        if self.model.is_none() {
+            self.refused = !catalog::is_usable(&spec);
+            if self.refused {
+                return false;
+            }
+        }
         if !self.model.as_ref().is_some_and(|model| model.is(&spec)) {
             self.model = Some(InUse::of(&spec));
         }

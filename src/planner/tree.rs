@@ -35,6 +35,22 @@ pub unsafe fn change_children(plan: *mut Plan, change: &mut dyn FnMut(*mut Plan)
     }
 }
 
+/// True if the subtree locks rows.
+///
+/// # Safety
+/// `plan` is a finished plan.
+pub unsafe fn locks_rows(plan: *mut Plan) -> bool {
+    // SAFETY: by the contract.
+    unsafe {
+        let mut locks = nodes::tag(plan) == NodeTag::T_LockRows;
+        change_children(plan, &mut |child| {
+            locks |= locks_rows(child);
+            child
+        });
+        locks
+    }
+}
+
 /// True if evaluating the subtree for more rows than are asked for could be seen: it locks or changes rows, or calls volatile
 /// functions, or that is not known. `functions`: whether the query has any volatile functions.
 ///
