@@ -34,8 +34,8 @@ class Queries:
     def call(self, row: str) -> str:
         """An array that a model gives for the row."""
         return self.one(f"predict('m', {row}x)", f"predict('m', {row}x)", f"predict('m2', {row}x[1:2])", f"predict('m2', predict('m', {row}x))",
-                        f"predict('m', ARRAY[{row}g, {row}a, {row}id % 5]::real[])", f"predict('m', {row}x::float8[])",
-                        f"predict('m2', ARRAY[{row}g, {row}a])", f"predict('m'::text || left({row}s, 0), {row}x)")
+                        f"predict('m', ARRAY[coalesce({row}g, 9), coalesce({row}a, 9), coalesce({row}id % 5, 9)]::real[])", f"predict('m', {row}x::float8[])",
+                        f"predict('m2', ARRAY[coalesce({row}g, 9), coalesce({row}a, 9)])", f"predict('m'::text || left({row}s, 0), {row}x)")
 
     def score(self, row: str = "") -> str:
         return f"({self.call(row)})[{self.one(1, 2)}]"
@@ -67,13 +67,12 @@ class Queries:
         extra = f" AND {self.condition(row)}" if kind == "JOIN" else ""
         return self.one(
             f"SELECT id, g, a, s, {row}x FROM {one} WHERE {self.condition(row)}",
-            f"SELECT id, g, a, s, {self.call(row)} || {self.one('', '0.5::real || ')}ARRAY[1]::real[] AS x FROM {one}".replace("|| 0.5::real || ARRAY", "|| ARRAY"),
+            f"SELECT id, g, a, s, ({self.call(row)} || ARRAY[1]::real[])[1:3] AS x FROM {one}",
             f"SELECT q{depth}.id, q{depth}.g, p{depth}.a, q{depth}.s, p{depth}.x FROM {one} {kind} {two} ON q{depth}.id = p{depth}.id{extra}",
             f"SELECT q{depth}.* FROM {one} JOIN {two} ON {self.score(row)} = {self.score(f'p{depth}.')}",
             f"SELECT q{depth}.* FROM {one} WHERE {row}id {self.one('IN', 'NOT IN')} (SELECT id FROM ({other}) AS p WHERE {self.condition('p.')} AND id IS NOT NULL)",
             f"{inner} UNION ALL {other}", f"({inner}) {self.one('UNION', 'INTERSECT', 'EXCEPT')} ({other})",
-            f"SELECT max(id) AS id, g, a, min(s) AS s, (array_agg({row}x ORDER BY {row}x, id))[1:1][1:3] AS x FROM {one} WHERE x IS NOT NULL AND array_length(x, 1) = 3 "
-            f"GROUP BY g, a HAVING max({self.score(row)}) > {self.limit()}".replace("(array_agg", "min").replace(f"min({row}x ORDER BY {row}x, id))[1:1][1:3]", f"min({row}x)"),
+            f"SELECT max(id) AS id, g, a, min(s) AS s, min({row}x) AS x FROM {one} GROUP BY g, a HAVING max({self.score(row)}) > {self.limit()}",
             f"SELECT l.id, q{depth}.g, q{depth}.a, q{depth}.s, l.x FROM {one} CROSS JOIN LATERAL (SELECT id, x FROM t WHERE t.id = {row}id AND {self.condition('t.')}) AS l",
             f"SELECT id, g, a, s, x FROM (SELECT *, row_number() OVER (PARTITION BY g ORDER BY {self.score(row)}, id, a, s, x) AS n FROM {one}) AS w WHERE n <= 4",
             f"(SELECT * FROM {one} ORDER BY {self.score(row)}, id, a, s, x, g LIMIT {self.one(5, 40)})",

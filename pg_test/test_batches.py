@@ -11,9 +11,11 @@ pytestmark = pytest.mark.newer
 
 NODE = "Custom Scan (Tessera Predict)"
 BATCHED = {
-    "target list": f"SELECT id, predict('m', x) FROM t",
+    "target list": "SELECT id, predict('m', x) FROM t",
     "condition": f"SELECT id FROM t WHERE {SCORE} > 0.1 AND a < 2 ORDER BY id",
     "two conditions": f"SELECT id FROM t WHERE {SCORE} > 0 AND s <> 'z' AND (predict('m2', predict('m', x)))[2] > 0 ORDER BY id",
+    "branch of a condition": f"SELECT id, predict('m', x) FROM t WHERE (predict('m2', x[1:2]))[1] > -9 AND CASE WHEN a = 1 THEN g > 1 "
+                             f"ELSE {SCORE} > -9 END ORDER BY id",
     "nested": "SELECT id, predict('m2', predict('m', x)), predict('m', x) FROM t",
     "aggregates": f"SELECT g, sum({SCORE} ORDER BY id), count(DISTINCT {SCORE}), max({SCORE}) FILTER (WHERE {SCORE} > 0) "
                   f"FROM t GROUP BY g HAVING max({SCORE}) > 0 ORDER BY g",

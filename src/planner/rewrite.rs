@@ -152,7 +152,7 @@ impl Rewriter {
             if self.volatile && tree::volatile_list(go) {
                 return plan;
             }
-            let original = (*plan).clone();
+            let original = *plan;
             let mut parts: Vec<*mut Node> = Vec::new();
             let mut outer = |node: *mut pg_sys::List| {
                 let list = nodes::changed(node.cast(), &mut |part| {
@@ -175,7 +175,7 @@ impl Rewriter {
             let made = if tree::is_volatile(plan, self.volatile) {
                 None
             } else {
-                let mut costs = original.clone();
+                let mut costs = original;
                 above(plan, target, go, &raw mut costs, self.next_id)
             };
             let Some(made) = made else {
