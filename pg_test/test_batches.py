@@ -49,6 +49,8 @@ SHAPES = [
     (f"SELECT ctid, tableoid::regclass, {P} FROM t ORDER BY id", 1),
     (f"SELECT id, ({P})[1] FROM t WHERE id IN (SELECT id FROM t WHERE ({P})[1] > 0.5) ORDER BY id", 2),
     (f"SELECT id FROM t WHERE n > 1 OR ({P})[1] > 0.5 ORDER BY id", 0),
+    (f"SELECT id, ({P})[1] FROM t WHERE (predict('wide', x))[1] > -9 AND CASE WHEN k = 1 THEN n > 1 ELSE ({P})[1] > 0.5 END ORDER BY id", 1),
+    ("SELECT k, predict('fraud', array_fill(coalesce(k, 9)::real, ARRAY[28])), max((predict('fraud', array_fill(coalesce(k, 9)::real, ARRAY[28])))[1]) FROM t GROUP BY ROLLUP (k) ORDER BY k", None),
     ("VALUES (predict('fraud', array_fill(1::real, ARRAY[28])))", 0),
     (f"SELECT id, {P} FROM t TABLESAMPLE bernoulli (20) REPEATABLE (3) ORDER BY id", 1),
     ("SELECT id, predict(m, x) FROM t, (SELECT 'fraud'::text AS m OFFSET 0) s ORDER BY id LIMIT 20", None),
@@ -71,6 +73,7 @@ SETTINGS = {
 def tables(db):
     with db.connect() as conn:
         load(conn, "fraud", "fraud_fc_256")
+        load(conn, "wide", "fraud_fc_512")
         load(conn, "encoder", "encoder_fc")
         load(conn, "softmax_of_rows", "fraud_fc_512")
         conn.execute("SELECT declare_independent_rows('softmax_of_rows', false)")

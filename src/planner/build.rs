@@ -217,12 +217,13 @@ pub unsafe fn above(
         for call in all.iter() {
             row.push(nodes::entry(pg_sys::copyObjectImpl(call.cast()).cast(), row.len() + 1));
         }
-        let own = |node: *mut Node, itself: Option<*mut Node>| {
+        // A condition can have a call that only later stages compute for every row, such as one in a branch of CASE: it stays.
+        let own = |node: *mut Node, itself: Option<*mut Node>, at: usize| {
             nodes::changed(node, &mut |part| {
                 if itself == Some(part) {
                     return None;
                 }
-                if let Some(call) = all.find(part) {
+                if let Some(call) = all.find(part).filter(|&call| stages[call] <= at) {
                     return Some(nodes::var_like(pg_sys::INDEX_VAR, kept.len() + call + 1, part));
                 }
                 let column = outer_column(part)?;
@@ -242,7 +243,11 @@ pub unsafe fn above(
                 .collect(),
         };
         let expressions = all.iter().zip(&early).map(|(call, &early)| {
-            if early { pg_sys::copyObjectImpl(call.cast()).cast::<Node>() } else { own(call, Some(call)) }
+            if early {
+                pg_sys::copyObjectImpl(call.cast()).cast::<Node>()
+            } else {
+                own(call, Some(call), conditions.len())
+            }
         });
         let node = nodes::make::<pg_sys::CustomScan>(NodeTag::T_CustomScan);
         let plan = &mut (*node).scan.plan;
@@ -254,8 +259,8 @@ pub unsafe fn above(
         plan.plan_node_id = id;
         plan.extParam = pg_sys::bms_copy((*costs).extParam);
         plan.allParam = pg_sys::bms_copy((*costs).allParam);
-        plan.targetlist = own(target.cast(), None).cast();
-        plan.qual = nodes::list(conditions.iter().map(|&condition| own(condition, None)));
+        plan.targetlist = own(target.cast(), None, conditions.len()).cast();
+        plan.qual = nodes::list(conditions.iter().enumerate().map(|(at, &condition)| own(condition, None, at)));
         plan.lefttree = child;
         (*node).custom_scan_tlist = nodes::list(row);
         (*node).custom_exprs = nodes::list(expressions);
