@@ -34,6 +34,10 @@ impl Calls {
                 NodeTag::T_BoolExpr if (*node.cast::<pg_sys::BoolExpr>()).boolop != pg_sys::BoolExprType::NOT_EXPR => {
                     self.collect_first((*node.cast::<pg_sys::BoolExpr>()).args);
                 }
+                // Not all of it need be evaluated.
+                NodeTag::T_RowCompareExpr => {}
+                #[cfg(feature = "pg18")]
+                NodeTag::T_JsonExpr => {}
                 // Evaluated elsewhere, or not for each row.
                 NodeTag::T_SubPlan | NodeTag::T_AlternativeSubPlan | NodeTag::T_Aggref | NodeTag::T_WindowFunc => {}
                 _ => {

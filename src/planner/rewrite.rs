@@ -246,7 +246,7 @@ impl Rewriter {
                 for call in calls.iter() {
                     let call = nodes::changed(call, &mut |part| {
                         let at = build::outer_column(part)?;
-                        Some((**entries.get(at - 1)?).expr.cast::<Node>())
+                        Some((**entries.get(at.checked_sub(1)?)?).expr.cast::<Node>())
                     });
                     wider.push(nodes::entry(call, wider.len() + 1));
                 }
@@ -264,7 +264,6 @@ impl Rewriter {
                 if tree::is_volatile(child, self.volatile) {
                     return;
                 }
-                let child = self.plan(child);
                 let Some(made) = above(child, nodes::list(wider), std::ptr::null_mut(), child, self.next_id) else {
                     return;
                 };
