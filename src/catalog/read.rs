@@ -102,10 +102,13 @@ pub fn resolve(spec: &ModelSpec<'_>) -> VersionRow {
     })
 }
 
-/// True if there is a model of that name, of which the caller may use a version of that number.
+/// True if there is a model of that name, of which the caller may use a version of that number. Raises nothing for a name.
 pub fn is_usable(spec: &str) -> bool {
-    let name = spec.split_once('@').map_or(spec, |(name, _)| name);
-    let usable = by_index(relation(c"model"), relation(c"model_name_key"), &[Key::Text(name)], |row| {
+    let (Some(table), Some(index)) = (relation_oid(SCHEMA, c"model"), relation_oid(SCHEMA, c"model_name_key")) else {
+        return false;
+    };
+    let name = spec.split('@').next().unwrap_or(spec);
+    let usable = by_index(table, index, &[Key::Text(name)], |row| {
         ControlFlow::Break(row.get::<pg_sys::Oid>(5).is_some_and(may_use))
     });
     usable == Some(true) && estimate(spec).is_some()
@@ -119,7 +122,8 @@ pub struct Estimate {
     pub flops_per_row: Option<f64>,
 }
 
-/// What is known of the version that a name means, without a look at privileges; `None` if there is none, or no extension.
+/// What is known of the version that a name means, without a look at privileges (see [`is_usable`]); `None` if there is none,
+/// or no extension.
 pub fn estimate(spec: &str) -> Option<Estimate> {
     let (name, version) = match spec.split_once('@') {
         Some((name, version)) => (name, Some(version.parse().ok()?)),

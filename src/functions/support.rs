@@ -48,6 +48,7 @@ unsafe fn flops(call: *mut nodes::Node) -> Option<f64> {
         let model = nodes::items::<nodes::Node>((*call).args).next()?;
         let model = nodes::cast::<pg_sys::Const>(model, NodeTag::T_Const)?;
         let spec = String::from_datum((*model).constvalue, (*model).constisnull)?;
-        pg_sys::ActiveSnapshotSet().then(|| catalog::estimate(&spec))??.flops_per_row
+        let may_know = pg_sys::ActiveSnapshotSet() && catalog::is_usable(&spec);
+        may_know.then(|| catalog::estimate(&spec))??.flops_per_row
     }
 }

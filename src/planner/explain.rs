@@ -19,8 +19,8 @@ pub unsafe fn explain(node: *mut pg_sys::CustomScanState, scan: &mut Scan, expla
             let Some(spec) = call.name_to_show(context) else { continue };
             let name = spec.split('@').next().unwrap_or(spec);
             // auto_explain asks when the query's snapshot may be gone.
-            let known = if pg_sys::ActiveSnapshotSet() { catalog::estimate(spec) } else { None };
-            let shown = match known {
+            let may_know = pg_sys::ActiveSnapshotSet() && catalog::is_usable(spec);
+            let shown = match may_know.then(|| catalog::estimate(spec)).flatten() {
                 Some(estimate) => format!("{name}, version {}", estimate.version),
                 None => spec.to_owned(),
             };
