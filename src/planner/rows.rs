@@ -297,8 +297,13 @@ impl Scan {
         if call.rows.rows() == 0 {
             return;
         }
-        let limit = settings::batch_bytes();
-        self.within = self.within.min(model.rows_within(&call.rows, limit));
+        let row_bytes = call.rows.bytes() / call.rows.rows();
+        if call.sized_for != row_bytes {
+            self.within = self.within.min(model.rows_within(&call.rows, settings::batch_bytes()));
+            self.calls[at].sized_for = row_bytes;
+        }
+        let call = &self.calls[at];
+        let Some(model) = &call.model else { return };
         let mut made = Vec::with_capacity(call.rows.rows());
         // SAFETY: a context of this scan; on an ERROR the transaction's end takes care of the current one.
         let result = unsafe {

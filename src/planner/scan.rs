@@ -75,6 +75,8 @@ pub struct CallState {
     /// There is no model of that name that the role may use: only the function itself says so, if it comes to a call.
     pub(super) refused: bool,
     pub(super) rows: RowBuffer,
+    /// Bytes of a row for which the size of a batch was found last.
+    pub(super) sized_for: usize,
     /// By row of the batch, its place in `rows`.
     pub(super) places: Vec<Option<u32>>,
 }
@@ -271,6 +273,7 @@ impl CallState {
                 model: None,
                 refused: false,
                 rows: RowBuffer::default(),
+                sized_for: usize::MAX,
                 places: Vec::new(),
             }
         }
