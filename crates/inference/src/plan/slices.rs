@@ -29,8 +29,10 @@ pub(super) fn batch_of(model: &TypedModel, names: &Names) -> Option<Symbol> {
     }
     let order = model.eval_order().ok()?;
     let independent = order.iter().all(|&id| maps_rows(model, &model.nodes[id], &first).unwrap_or(false));
-    let outputs = model.outputs.iter().all(|outlet| has_batch(model.outlet_fact(*outlet).ok(), &first) == Some(true));
-    (independent && outputs).then_some(first)
+    // All inputs are cut, and all outputs put together.
+    let mut ends = model.inputs.iter().chain(&model.outputs);
+    let cut = ends.all(|outlet| has_batch(model.outlet_fact(*outlet).ok(), &first) == Some(true));
+    (independent && cut).then_some(first)
 }
 
 /// Whether the first axis is the batch, and no other has to do with it; none for other values.

@@ -91,3 +91,33 @@ fn a_batch_whose_rows_meet_is_not_cut() {
         assert!(!cut, "{operator}");
     }
 }
+
+/// Values of the second input were cut with the pictures.
+#[test]
+fn an_input_without_the_batch_is_not_cut() {
+    let mut made =
+        network(vec![node("Mul", &["e", "scale"], &["s"]), node("Reshape", &["s", "flat"], &["f"])], 16 * 64);
+    made.input.push(info("scale", FLOAT, &[S(1), S(16), S(1), S(1)]));
+    let mut reverse = made.clone();
+    reverse.input.reverse();
+    for graph in [made, reverse] {
+        let plan = compile(graph).unwrap();
+        let rows = 1001;
+        let (x, scale) = (pictures(rows), Random::new(5).values(16));
+        let predict = |rows: usize, x: &[f32]| {
+            let inputs = [("x", f32s(&[rows, 3, SIDE, SIDE], x)), ("scale", f32s(&[1, 16, 1, 1], &scale))];
+            let order: Vec<_> = plan
+                .signature()
+                .inputs
+                .iter()
+                .flat_map(|port| inputs.iter().filter(|(name, _)| *name == port.name).cloned())
+                .collect();
+            run(&plan, &order).unwrap()[0].1.to_f32().unwrap()
+        };
+        let whole = predict(rows, &x);
+        for row in [0, 500, rows - 1] {
+            let alone = predict(1, &x[row * 3 * SIDE * SIDE..][..3 * SIDE * SIDE]);
+            close(&whole[row * 5..][..5], &alone, 1e-5, &format!("row {row}"));
+        }
+    }
+}
