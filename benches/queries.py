@@ -55,23 +55,20 @@ class Client:
         total, size = 0.0, self.rows.itemsize * self.piece
         with self.conn.cursor() as cursor:
             cursor.execute("TRUNCATE written")
-            made = []
+            made: list[np.ndarray] = []
             with cursor.copy(f"COPY (SELECT x FROM {self.table}) TO STDOUT (FORMAT binary)") as out:
-                pending = bytearray()
+                pending, headed = bytearray(), False
                 for data in out:
                     pending += data
-                    if made == [] and len(pending) < len(HEAD):
-                        continue
-                    if made == []:
+                    if not headed and len(pending) >= len(HEAD):
+                        headed = True
                         del pending[:len(HEAD)]
-                        made.append(None)
-                    while len(pending) >= size:
+                    while headed and len(pending) >= size:
                         made.append(self.answers(bytes(pending[:size])))
                         del pending[:size]
                 rest = len(pending) // self.rows.itemsize * self.rows.itemsize
                 if rest:
                     made.append(self.answers(bytes(pending[:rest])))
-            made = made[1:]
             kind = row_type(made[0].shape[1])
             with cursor.copy("COPY written FROM STDIN (FORMAT binary)") as back:
                 back.write(HEAD)
