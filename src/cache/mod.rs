@@ -38,7 +38,7 @@ mod tests;
 pub use area::init;
 pub use check::check;
 pub use models::{ModelSlot, keep, model_slot, note_run, release};
-pub use pin::{Pin, is_cached, pin};
+pub use pin::{Pin, is_cached, pin, session_counts};
 pub use statistics::{Prediction, note, reset_statistics, statistics};
 #[cfg(any(test, feature = "pg_test"))]
 pub use view::Counts;

@@ -15,6 +15,7 @@ use super::partition::{self, Partition};
 use super::{BlockKey, replace};
 use crate::pg::interrupt;
 use inference::weights::{AlignedBytes, Frame};
+use std::cell::Cell;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
@@ -120,9 +121,25 @@ fn wait(area: &Area, key: &BlockKey) {
 fn private(area: &Area, slot: ModelSlot, key: BlockKey, load: &mut dyn FnMut(usize, &mut [u8])) -> Pin {
     let mut block = AlignedBytes::zeroed(key.bytes as usize);
     load(0, block.bytes_mut());
+    note_session(0, 1);
     count(area, slot, |counters| &counters.misses, 1);
     count(area, slot, |counters| &counters.fallbacks, 1);
     Pin { held: Held::Private(block) }
+}
+
+thread_local! {
+    /// Hits and misses of this session.
+    static SESSION: Cell<[u64; 2]> = const { Cell::new([0; 2]) };
+}
+
+/// Hits and misses of this session since it began.
+pub fn session_counts() -> [u64; 2] {
+    SESSION.get()
+}
+
+fn note_session(hits: u64, misses: u64) {
+    let [all_hits, all_misses] = SESSION.get();
+    SESSION.set([all_hits + hits, all_misses + misses]);
 }
 
 fn count(area: &Area, slot: ModelSlot, which: fn(&super::layout::Counters) -> &std::sync::atomic::AtomicU64, n: u64) {
@@ -202,6 +219,7 @@ impl<'k> Batch<'k> {
             count(area, slot, |counters| &counters.bytes_loaded, key.bytes.into());
         }
         let all = self.got.len() as u64;
+        note_session(all - missing, missing);
         count(area, slot, |counters| &counters.hits, all - missing);
         count(area, slot, |counters| &counters.misses, missing);
         let tick = area.header.tick.fetch_add(all, Relaxed);

@@ -6,7 +6,7 @@
 use super::names::{ModelSpec, check_name};
 use super::read::{dims_of, no_such_model};
 use crate::pg::scan::relation_oid;
-use crate::pg::{error, fmgr, identity};
+use crate::pg::{error, fmgr, identity, progress};
 use inference::onnx::StoredTensor;
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys;
@@ -312,6 +312,7 @@ fn store_tensor(
                     "",
                 )
             });
+        progress::add(progress::Field::Blocks, 1);
         let datum = fmgr::varlena_datum(&[&block.head(), block.data()]);
         // SAFETY: a palloc'd tensor_block, freed below; SPI copies what it keeps.
         unsafe {

@@ -4,6 +4,7 @@ use crate::cache::{self, FrameView};
 use crate::catalog::{self, ModelSpec};
 use crate::pg::error;
 use crate::pg::fmgr::{Call, Rows, sql_functions};
+use crate::pg::progress::{self, View, Work};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::collections::HashMap;
@@ -12,6 +13,7 @@ sql_functions!(
     cache_frames,
     cache_totals,
     cache_models,
+    activities,
     prediction_counts,
     reset_model_stats,
     check_cache,
@@ -77,6 +79,36 @@ fn cache_models(call: &Call) -> pg_sys::Datum {
         let counts = [model.runs, model.frames, model.bytes, hits, misses, loads, bytes_loaded, waits, fallbacks];
         row.extend(counts.iter().map(|&n| (n as i64).into_datum()));
         rows.push(&row);
+    }
+    call.null()
+}
+
+fn activities(call: &Call) -> pg_sys::Datum {
+    let visible = catalog::visible_contents();
+    let names: HashMap<i64, &Vec<String>> =
+        visible.iter().map(|(hash, names)| (progress::content_field(hash), names)).collect();
+    let mut rows = Rows::start(call);
+    for View { pid, fields } in progress::activities() {
+        let Some([work, phase, content, predicted, blocks, all_blocks]) = fields else {
+            rows.push(&[pid.into_datum(), None, None, None, None, None, None]);
+            continue;
+        };
+        let loads = work == Work::Load as i64;
+        let phase = match phase {
+            _ if !loads => "predicting",
+            0 => "reading model",
+            1 => "compiling",
+            _ => "storing blocks",
+        };
+        rows.push(&[
+            pid.into_datum(),
+            if loads { "load" } else { "predict" }.into_datum(),
+            phase.into_datum(),
+            names.get(&content).copied().cloned().into_datum(),
+            (!loads).then_some(predicted).into_datum(),
+            blocks.into_datum(),
+            (all_blocks > 0).then_some(all_blocks).into_datum(),
+        ]);
     }
     call.null()
 }

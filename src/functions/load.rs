@@ -3,6 +3,7 @@
 use crate::catalog::{self, NewVersion};
 use crate::pg::fmgr::{Call, missing, sql_functions};
 use crate::pg::large_object::LargeObject;
+use crate::pg::progress::{self, Activity, Field, Work};
 use crate::pg::{error, interrupt};
 use crate::serving;
 use inference::error::ModelError;
@@ -65,10 +66,13 @@ fn load(name: &str, model: &[u8], external: &mut dyn ExternalData, block_bytes: 
         interrupt::check();
         Ok(())
     };
+    let _activity = Activity::begin(Work::Load, None);
     let stripped = onnx::strip(model, external, &mut check).unwrap_or_else(|e| error::raise_model(e));
     let graph_hash = *blake3::hash(&stripped.graph).as_bytes();
     let content_hash = content_hash(&graph_hash, &stripped.tensors);
 
+    progress::set(Field::Content, progress::content_field(&content_hash));
+    progress::set(Field::Phase, 1);
     let loaded_bytes = model.len() as u64 + external_bytes(model, &stripped.tensors);
     // Compiling is the check that the model can be run; the plan serves this session's first prediction. What was loaded
     // before has passed it.
@@ -79,6 +83,8 @@ fn load(name: &str, model: &[u8], external: &mut dyn ExternalData, block_bytes: 
             (describe(&plan), Some(plan))
         }
     };
+    progress::set(Field::Phase, 2);
+    progress::set(Field::AllBlocks, block_count(&stripped.tensors, block_bytes as usize));
     let version = catalog::store(
         name,
         &NewVersion {
@@ -120,6 +126,16 @@ fn compile(stripped: &onnx::Stripped<'_>, block_bytes: usize) -> Arc<Plan> {
         Ok(())
     };
     serving::compile(&stripped.graph, &mut fetch, &tilings)
+}
+
+/// How many blocks the tensors have.
+fn block_count(tensors: &[StoredTensor<'_>], block_bytes: usize) -> i64 {
+    let tiling = |tensor: &StoredTensor<'_>| Tiling::new(&tensor.dims, tensor.view, tensor.dtype, block_bytes).ok();
+    tensors
+        .iter()
+        .filter_map(tiling)
+        .map(|tiling| i64::from(tiling.block_rows()) * i64::from(tiling.block_cols()))
+        .sum()
 }
 
 /// Identity of graph and tensors together: what a compiled plan is kept under.

@@ -27,4 +27,5 @@ pub mod toast_index;
 pub mod tuple;
 pub mod vacuum;
 pub mod varlena;
+pub mod wait;
 pub mod wal;

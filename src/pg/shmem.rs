@@ -236,7 +236,7 @@ impl Region {
         if self.shared {
             // SAFETY: made by `init_condition`.
             unsafe {
-                pg_sys::ConditionVariableTimedSleep(self.condition(offset), milliseconds, pg_sys::PG_WAIT_EXTENSION);
+                pg_sys::ConditionVariableTimedSleep(self.condition(offset), milliseconds, super::wait::block_load());
             }
         }
     }

@@ -1,6 +1,7 @@
 //! One call of `predict` at work: rows are gathered, the model runs on them, values are handed out.
 
 use super::calls::Elements;
+use crate::cache;
 use crate::pg::array;
 use crate::serving::{self, Model};
 use inference::array::{RowBuffer, to_rows_f32};
@@ -24,6 +25,33 @@ pub struct Done {
     pub rows: u64,
     /// Time in them.
     pub time: Duration,
+    /// Blocks that were in the block cache, and those that were not.
+    pub hits: u64,
+    pub misses: u64,
+    /// Most rows gathered at a time.
+    pub largest: u64,
+}
+
+impl Done {
+    pub const COUNTS: usize = 6;
+
+    pub fn to_counts(self) -> [u64; Done::COUNTS] {
+        let nanoseconds = u64::try_from(self.time.as_nanos()).unwrap_or(u64::MAX);
+        [self.batches, self.rows, nanoseconds, self.hits, self.misses, self.largest]
+    }
+
+    pub fn of_counts([batches, rows, nanoseconds, hits, misses, largest]: [u64; Done::COUNTS]) -> Done {
+        Done { batches, rows, time: Duration::from_nanos(nanoseconds), hits, misses, largest }
+    }
+
+    pub fn add(&mut self, other: Done) {
+        self.batches += other.batches;
+        self.rows += other.rows;
+        self.time += other.time;
+        self.hits += other.hits;
+        self.misses += other.misses;
+        self.largest = self.largest.max(other.largest);
+    }
 }
 
 /// The model that a call uses, for as long as the snapshot and the name are the same.
@@ -55,6 +83,11 @@ impl InUse {
     pub fn is(&self, spec: &str) -> bool {
         let (model, declared) = serving::model_as_declared(spec);
         Arc::ptr_eq(&self.model, &model) && self.declared == declared
+    }
+
+    /// The model's content hash.
+    pub fn content_hash(&self) -> &[u8; 32] {
+        self.model.blocks.content_hash()
     }
 
     /// Adds a row, an array of these elements without nulls. False if it does not fit.
@@ -98,10 +131,12 @@ impl InUse {
                 false => 1,
             };
             let input = rows.tensor(&self.port, from, from + count)?;
-            let begin = Instant::now();
+            let (begin, [hits, misses]) = (Instant::now(), cache::session_counts());
             let outputs =
                 serving::try_run(&self.model, vec![(self.port.name.clone(), input)], count as u64, count as u64)?;
             done.time += begin.elapsed();
+            let now = cache::session_counts();
+            (done.hits, done.misses) = (done.hits + now[0] - hits, done.misses + now[1] - misses);
             done.batches += 1;
             done.rows += count as u64;
             let (_, first) = outputs.first().ok_or_else(|| ModelError::invalid_model("the model has no output"))?;

@@ -33,11 +33,15 @@ pub unsafe fn explain(node: *mut pg_sys::CustomScanState, scan: &mut Scan, expla
         }
         integer(c"Batch Size", settings::batch_size() as i64, explain);
         if (*explain).analyze && !(*node).ss.ps.instrument.is_null() {
-            integer(c"Batches", scan.done.batches as i64, explain);
-            integer(c"Rows Predicted", scan.done.rows as i64, explain);
-            integer(c"Largest Batch", scan.largest as i64, explain);
+            let mut done = scan.done;
+            done.add(scan.of_workers);
+            integer(c"Batches", done.batches as i64, explain);
+            integer(c"Rows Predicted", done.rows as i64, explain);
+            integer(c"Largest Batch", done.largest as i64, explain);
+            integer(c"Cache Hits", done.hits as i64, explain);
+            integer(c"Cache Misses", done.misses as i64, explain);
             if (*explain).timing {
-                let milliseconds = scan.done.time.as_secs_f64() * 1e3;
+                let milliseconds = done.time.as_secs_f64() * 1e3;
                 pg_sys::ExplainPropertyFloat(c"Inference Time".as_ptr(), c"ms".as_ptr(), milliseconds, 3, explain);
             }
         }

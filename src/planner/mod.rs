@@ -17,9 +17,11 @@ mod calls;
 mod explain;
 mod hook;
 mod layout;
+mod limit;
 mod rewrite;
 mod rows;
 mod scan;
+mod shared;
 mod tree;
 
 /// Called once, when the library is loaded.

@@ -5,7 +5,7 @@
 //! below the node that has them: there they become columns of its child (`lower`).
 
 use super::build::{self, Calls, above};
-use super::tree;
+use super::{limit, tree};
 use crate::pg::nodes::{self, Node};
 use pgrx::pg_sys::{self, NodeTag, Plan};
 
@@ -18,7 +18,7 @@ pub unsafe fn statement(statement: *mut pg_sys::PlannedStmt, volatile: bool, cur
     unsafe {
         // A subplan that locks rows may be evaluated for each row of a plan.
         let locks = nodes::items::<Plan>((*statement).subplans).any(|plan| !plan.is_null() && tree::locks_rows(plan));
-        let mut rewriter = Rewriter { volatile: volatile || locks, made: false, next_id: 0 };
+        let mut rewriter = Rewriter { volatile: volatile || locks, made: false, parallel: false, next_id: 0 };
         let scroll = cursor_options & pg_sys::CURSOR_OPT_SCROLL != 0;
         // One that does not go backwards is no different from a query; for WHERE CURRENT OF the node says where its row lies.
         let declared =
@@ -47,6 +47,8 @@ pub unsafe fn statement(statement: *mut pg_sys::PlannedStmt, volatile: bool, cur
 struct Rewriter {
     volatile: bool,
     made: bool,
+    /// Below a Gather.
+    parallel: bool,
     next_id: i32,
 }
 
@@ -70,6 +72,10 @@ impl Rewriter {
         // SAFETY: by the contract.
         unsafe {
             pg_sys::check_stack_depth();
+            let outside = self.parallel;
+            if let NodeTag::T_Gather | NodeTag::T_GatherMerge = nodes::tag(plan) {
+                self.parallel = true;
+            }
             if let NodeTag::T_Agg | NodeTag::T_WindowAgg | NodeTag::T_ProjectSet = nodes::tag(plan) {
                 self.lower(plan);
             }
@@ -78,6 +84,10 @@ impl Rewriter {
             tree::change_children(plan, &mut |child| {
                 if marks && child == inner { self.marked(child) } else { self.plan(child) }
             });
+            if let Some(limit) = nodes::cast(plan.cast(), NodeTag::T_Limit) {
+                limit::hand_down(limit);
+            }
+            self.parallel = outside;
             self.top(plan)
         }
     }
@@ -111,7 +121,12 @@ impl Rewriter {
                 | NodeTag::T_LockRows
                 | NodeTag::T_Append
                 | NodeTag::T_MergeAppend
-                | NodeTag::T_SubqueryScan => tree::change_children(plan, &mut |child| self.cursor(child)),
+                | NodeTag::T_SubqueryScan => {
+                    tree::change_children(plan, &mut |child| self.cursor(child));
+                    if let Some(limit) = nodes::cast(plan.cast(), NodeTag::T_Limit) {
+                        limit::hand_down(limit);
+                    }
+                }
                 tag => {
                     if !is_scan(tag) {
                         return self.plan(plan);
@@ -185,6 +200,7 @@ impl Rewriter {
                 return plan;
             };
             (*made).initPlan = original.initPlan;
+            (*made).parallel_aware = self.parallel;
             self.take_id();
             self.made = true;
             made
@@ -267,6 +283,7 @@ impl Rewriter {
                 let Some(made) = above(child, nodes::list(wider), std::ptr::null_mut(), child, self.next_id) else {
                     return;
                 };
+                (*made).parallel_aware = self.parallel;
                 self.take_id();
                 self.made = true;
                 (*plan).lefttree = made;

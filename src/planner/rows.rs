@@ -3,11 +3,13 @@
 use super::batch::{InUse, raise_if_cancelled};
 use super::calls::Elements;
 use super::scan::{CallState, Row, Scan};
+use crate::pg::progress::{Activity, Work};
 use crate::pg::{array, exec};
 use crate::serving::settings;
 use inference::array::RowBuffer;
 use inference::error::ErrorKind;
 use pgrx::pg_sys;
+use pgrx::prelude::*;
 
 /// What became of an input.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -99,7 +101,8 @@ impl Scan {
                 alone |= !call.ready(context);
             }
             if !alone {
-                let wanted = self.size.min(self.within).min(settings::batch_size());
+                let asked = self.asked(context);
+                let wanted = self.size.min(self.within).min(settings::batch_size()).min(asked);
                 let limit = settings::batch_bytes();
                 exec::guarded(|| self.fetch(child, context, wanted, limit));
                 self.size = (2 * self.size).min(settings::batch_size());
@@ -107,8 +110,34 @@ impl Scan {
             if self.rows.is_empty() && !self.held.is_null() {
                 exec::guarded(|| self.take_alone(context));
             }
-            self.largest = self.largest.max(self.rows.len());
+            if let Some(Some(left)) = &mut self.left {
+                *left = left.saturating_sub(self.rows.len());
+            }
+            self.done.largest = self.done.largest.max(self.rows.len() as u64);
         }
+    }
+
+    /// How many rows are asked for at most, by a LIMIT; at least one.
+    ///
+    /// # Safety
+    /// `context` is the node's.
+    unsafe fn asked(&mut self, context: *mut pg_sys::ExprContext) -> usize {
+        let limit = &self.limit;
+        let left = *self.left.get_or_insert_with(|| {
+            let mut rows = 0_i64;
+            for (at, &end) in limit.iter().enumerate() {
+                // SAFETY: both are of type bigint.
+                let value = unsafe {
+                    let mut null = false;
+                    let datum = pg_sys::ExecEvalExprSwitchContext(end, context, &mut null);
+                    i64::from_datum(datum, null)
+                };
+                // No count is no limit, no offset is 0.
+                rows = rows.saturating_add(value.or((at > 0).then_some(0))?);
+            }
+            (!limit.is_empty()).then(|| usize::try_from(rows).ok()).flatten()
+        });
+        left.unwrap_or(usize::MAX).max(1)
     }
 
     /// # Safety
@@ -304,6 +333,7 @@ impl Scan {
         }
         let call = &self.calls[at];
         let Some(model) = &call.model else { return };
+        self.activity.get_or_insert_with(|| Activity::begin(Work::Predict, Some(model.content_hash())));
         let mut made = Vec::with_capacity(call.rows.rows());
         // SAFETY: a context of this scan; on an ERROR the transaction's end takes care of the current one.
         let result = unsafe {
@@ -313,6 +343,7 @@ impl Scan {
             let result = model.predict(&call.rows, 0..call.rows.rows(), &mut done, |value| made.push(value));
             pg_sys::CurrentMemoryContext = caller;
             self.done = done;
+            self.publish();
             result
         };
         match result {
@@ -413,6 +444,7 @@ impl Scan {
                 let result = model.predict(&call.rows, place..place + 1, &mut done, |value| made = Some(value));
                 result.unwrap_or_else(|error| crate::pg::interrupt::raise_or_model(error));
                 self.done = done;
+                self.publish();
                 self.put(row, at, made);
             }
             pg_sys::CurrentMemoryContext = caller;

@@ -9,11 +9,14 @@
 
 use super::batch::{Done, InUse};
 use super::layout::{CallLayout, Layout};
+use super::shared::{self, Shared};
 use crate::catalog;
+use crate::pg::progress::Activity;
 use crate::pg::{exec, memory, nodes};
 use inference::array::RowBuffer;
 use pgrx::pg_sys::{self, NodeTag};
 use pgrx::prelude::*;
+use std::ffi::c_void;
 
 const NAME: &std::ffi::CStr = c"Tessera Predict";
 
@@ -33,11 +36,11 @@ static EXEC: Static<pg_sys::CustomExecMethods> = Static(pg_sys::CustomExecMethod
     ReScanCustomScan: Some(rescan),
     MarkPosCustomScan: None,
     RestrPosCustomScan: None,
-    EstimateDSMCustomScan: None,
-    InitializeDSMCustomScan: None,
-    ReInitializeDSMCustomScan: None,
-    InitializeWorkerCustomScan: None,
-    ShutdownCustomScan: None,
+    EstimateDSMCustomScan: Some(estimate_shared),
+    InitializeDSMCustomScan: Some(begin_shared),
+    ReInitializeDSMCustomScan: Some(begin_shared_anew),
+    InitializeWorkerCustomScan: Some(begin_worker),
+    ShutdownCustomScan: Some(shut_down),
     ExplainCustomScan: Some(explain),
 });
 
@@ -95,6 +98,10 @@ pub struct Scan {
     pub(super) layout: Layout,
     pub(super) calls: Vec<CallState>,
     pub(super) conditions: Vec<*mut pg_sys::ExprState>,
+    /// Of a LIMIT above: count, and offset if it has one (limit.rs).
+    pub(super) limit: Vec<*mut pg_sys::ExprState>,
+    /// How many rows it will still take, once that was asked for; none if there is no end.
+    pub(super) left: Option<Option<usize>>,
     /// By kept column, how its values are copied.
     pub(super) copies: Vec<(usize, bool, i16)>,
     pub(super) width: usize,
@@ -116,7 +123,11 @@ pub struct Scan {
     pub(super) held: *mut pg_sys::TupleTableSlot,
     pub(super) ended: bool,
     pub(super) done: Done,
-    pub(super) largest: usize,
+    /// What parallel workers did, and where they say so: null when there are none (shared.rs).
+    pub(super) of_workers: Done,
+    pub(super) shared: *mut Shared,
+    /// Shown from the first batch on, until the scan ends.
+    pub(super) activity: Option<Activity>,
 }
 
 #[pg_guard]
@@ -143,6 +154,8 @@ unsafe extern "C-unwind" fn begin(node: *mut pg_sys::CustomScanState, estate: *m
             )
         });
         let parent = &raw mut (*node).ss.ps;
+        let behind = nodes::items::<pg_sys::Expr>((*plan).custom_exprs).skip(layout.calls.len());
+        let limit = behind.map(|end| pg_sys::ExecInitExpr(end, parent)).collect();
         let calls = nodes::items::<pg_sys::FuncExpr>((*plan).custom_exprs)
             .zip(&layout.calls)
             .map(|(call, &layout)| CallState::new(call, layout, parent))
@@ -159,6 +172,8 @@ unsafe extern "C-unwind" fn begin(node: *mut pg_sys::CustomScanState, estate: *m
         let scan = Box::new(Scan {
             calls,
             conditions,
+            limit,
+            left: None,
             copies: copies.collect(),
             width,
             batch_context: memory::new_context((*estate).es_query_cxt, c"pg_tessera batch"),
@@ -173,7 +188,9 @@ unsafe extern "C-unwind" fn begin(node: *mut pg_sys::CustomScanState, estate: *m
             held: std::ptr::null_mut(),
             ended: false,
             done: Done::default(),
-            largest: 0,
+            of_workers: Done::default(),
+            shared: std::ptr::null_mut(),
+            activity: None,
             layout,
         });
         if !scan.table_scan.is_null() {
@@ -228,6 +245,8 @@ unsafe extern "C-unwind" fn next(node: *mut pg_sys::CustomScanState) -> *mut pg_
 #[pg_guard]
 unsafe extern "C-unwind" fn end(node: *mut pg_sys::CustomScanState) {
     // SAFETY: the node has begun; our part goes with the query's memory.
+    unsafe { state(node).activity = None };
+    // SAFETY: as before.
     unsafe { pg_sys::ExecEndNode((*node).ss.ps.lefttree) };
 }
 
@@ -241,6 +260,57 @@ unsafe extern "C-unwind" fn rescan(node: *mut pg_sys::CustomScanState) {
             pg_sys::ExecReScan(child);
         }
     }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn estimate_shared(
+    _node: *mut pg_sys::CustomScanState,
+    context: *mut pg_sys::ParallelContext,
+) -> pg_sys::Size {
+    // SAFETY: the context of a parallel query that is being set up.
+    shared::bytes(unsafe { (*context).nworkers } as usize)
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn begin_shared(
+    node: *mut pg_sys::CustomScanState,
+    context: *mut pg_sys::ParallelContext,
+    place: *mut c_void,
+) {
+    // SAFETY: the node has begun; the place is as large as was asked for, for the same context.
+    unsafe {
+        Shared::set_up(place.cast(), (*context).nworkers as usize);
+        state(node).shared = place.cast();
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn begin_shared_anew(
+    node: *mut pg_sys::CustomScanState,
+    context: *mut pg_sys::ParallelContext,
+    place: *mut c_void,
+) {
+    // SAFETY: as before; the workers of the last time have ended.
+    unsafe {
+        state(node).collect_workers();
+        begin_shared(node, context, place);
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn begin_worker(
+    node: *mut pg_sys::CustomScanState,
+    _toc: *mut pg_sys::shm_toc,
+    place: *mut c_void,
+) {
+    // SAFETY: the node has begun, and the leader has made the place.
+    unsafe { state(node).shared = place.cast() };
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn shut_down(node: *mut pg_sys::CustomScanState) {
+    // SAFETY: the node has begun; memory of a parallel query is still there.
+    unsafe { state(node).collect_workers() };
 }
 
 #[pg_guard]
@@ -352,7 +422,7 @@ impl CallState {
 impl Scan {
     fn restart(&mut self) {
         self.clear();
-        (self.size, self.held, self.ended) = (1, std::ptr::null_mut(), false);
+        (self.size, self.held, self.ended, self.left) = (1, std::ptr::null_mut(), false, None);
         for call in &mut self.calls {
             call.spec = None;
         }

@@ -8,6 +8,7 @@ use super::settings;
 use super::source::ModelBlocks;
 use crate::cache::Prediction;
 use crate::catalog::{self, ModelSpec};
+use crate::pg::progress::{self, Activity, Field, Work};
 use crate::pg::snapshot::SnapshotIdentity;
 use crate::pg::{compute, interrupt};
 use inference::error::ModelError;
@@ -160,9 +161,16 @@ pub fn try_run(
 ) -> Result<Vec<(String, HostTensor)>, ModelError> {
     let begin = Instant::now();
     let result = run_plan(model, inputs);
+    progress::add(Field::Rows, rows);
     let nanoseconds = u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX);
     model.blocks.note_prediction(Prediction { calls, rows, nanoseconds, failed: result.is_err() });
     result
+}
+
+/// How many blocks a run reads at least.
+fn block_count(plan: &Plan) -> i64 {
+    let tilings = plan.stored_tensors().iter().map(|tensor| &tensor.tiling);
+    tilings.map(|tiling| i64::from(tiling.block_rows()) * i64::from(tiling.block_cols())).sum()
 }
 
 fn run_plan(model: &Arc<Model>, inputs: Vec<(String, HostTensor)>) -> Result<Vec<(String, HostTensor)>, ModelError> {
@@ -173,6 +181,9 @@ fn run_plan(model: &Arc<Model>, inputs: Vec<(String, HostTensor)>) -> Result<Vec
         blocks.note_run();
     }
     if plan.is_heavy(&inputs) {
+        let _activity = Activity::begin(Work::Predict, Some(blocks.content_hash()));
+        progress::set(Field::Blocks, 0);
+        progress::set(Field::AllBlocks, block_count(plan));
         compute::start();
         let memory = plan.memory_bytes();
         let result = remote::run_on_blocks(plan.clone(), inputs, &**blocks, &mut interrupt::should_stop);

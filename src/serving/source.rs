@@ -6,8 +6,8 @@
 
 use crate::cache::{self, BlockKey, ModelSlot};
 use crate::catalog::{self, BlockRef, OpenWeights, TensorRow};
-use crate::pg::error;
 use crate::pg::temp_file::TempFile;
+use crate::pg::{error, progress};
 use inference::error::ModelError;
 use inference::plan::Plan;
 use inference::weights::{BlockSource, Frame, SpillFile, WINDOW};
@@ -67,6 +67,11 @@ impl ModelBlocks {
             self.lock().rows = rows;
         }
         same
+    }
+
+    /// The model's content hash.
+    pub fn content_hash(&self) -> &[u8; 32] {
+        &self.content_hash
     }
 
     fn slot(&self) -> ModelSlot {
@@ -189,7 +194,9 @@ fn missing(tensor: u32) -> ! {
 
 impl BlockSource for ModelBlocks {
     fn pin(&self, tensor: u32, wanted: &[u32]) -> Result<Vec<Box<dyn Frame>>, ModelError> {
-        Ok(self.pins(tensor, wanted).into_iter().map(|pin| Box::new(pin) as Box<dyn Frame>).collect())
+        let pins = self.pins(tensor, wanted);
+        progress::add(progress::Field::Blocks, pins.len() as u64);
+        Ok(pins.into_iter().map(|pin| Box::new(pin) as Box<dyn Frame>).collect())
     }
 
     fn operator_memory(&self) -> u64 {
