@@ -27,6 +27,13 @@ SHAPES = {
     "lateral": f"SELECT u.id, l.* FROM u LEFT JOIN LATERAL (SELECT id, {SCORE} FROM t WHERE t.id = u.k LIMIT 2) AS l ON true ORDER BY 1",
     "limit": "SELECT id, predict('m', x) FROM t ORDER BY id LIMIT 7 OFFSET 3",
     "semi-join": f"SELECT id FROM u WHERE k IN (SELECT id FROM t WHERE {SCORE} > 0) ORDER BY id",
+    "a branch of an argument": "SELECT id, predict('m2', ARRAY[CASE WHEN g > 3 THEN (predict('m', x))[1] ELSE a END, 1]::real[]), predict('m', x) "
+                               "FROM t WHERE x IS NOT NULL ORDER BY id",
+    "a branch of an argument, with a condition between": "SELECT id, predict('m', x) FROM t WHERE x IS NOT NULL AND "
+        "(predict('m2', ARRAY[CASE WHEN g > 3 THEN (predict('m', predict('m', x) || 1::real))[1] ELSE a END, 1]::real[]))[1] > -9 AND "
+        "(predict('m', predict('m', x) || 1::real))[2] > -9 ORDER BY id",
+    "a branch of an aggregate's argument": "SELECT g, max((predict('m2', ARRAY[CASE WHEN g > 3 THEN (predict('m', x))[1] ELSE a END, 1]::real[]))[1]), "
+        "min((predict('m', x))[2]) FROM t WHERE x IS NOT NULL GROUP BY g ORDER BY g",
     "no array": "SELECT id, predict('m', x), (predict('m', x))[3] IS NULL FROM t WHERE x IS NULL ORDER BY id",
 }
 
