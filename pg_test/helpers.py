@@ -131,6 +131,43 @@ def store_size(conn: psycopg.Connection, table: str = "tessera.weight") -> int:
     return conn.execute(sql, (table,)).fetchone()[0]
 
 
+def explained(conn: psycopg.Connection, query: str, options: str = "COSTS OFF") -> str:
+    """What EXPLAIN shows, in the format of text."""
+    return "\n".join(line for (line,) in conn.execute(f"EXPLAIN ({options}) {query}"))
+
+
+def cancelled_after(conn: psycopg.Connection, sql: str, seconds: float) -> float:
+    """Runs a statement and cancels it from another thread; returns how long it went on after that."""
+    sent = []
+
+    def cancel():
+        time.sleep(seconds)
+        sent.append(time.monotonic())
+        conn.cancel_safe()
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    with pytest.raises(psycopg.errors.QueryCanceled):
+        conn.execute(sql)
+    ended = time.monotonic()
+    thread.join()
+    return ended - sent[0]
+
+
+def timed_out_after(conn: psycopg.Connection, sql: str, seconds: float) -> float:
+    """Runs a statement under statement_timeout; returns how long it went on after that."""
+    conn.execute(f"SET statement_timeout = {int(seconds * 1000)}")
+    started = time.monotonic()
+    try:
+        with pytest.raises(psycopg.errors.QueryCanceled) as caught:
+            conn.execute(sql)
+        ended = time.monotonic()
+    finally:
+        conn.execute("RESET statement_timeout")
+    assert "statement timeout" in str(caught.value)
+    return ended - started - seconds
+
+
 class Background:
     """Runs a function in a thread; `result` waits for it and raises what it raised."""
 

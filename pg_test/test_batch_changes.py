@@ -7,7 +7,7 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from helpers import load
+from helpers import explained, load
 
 pytestmark = pytest.mark.newer
 
@@ -25,10 +25,6 @@ def t(fresh):
         conn.execute("SET max_parallel_workers_per_gather = 0")
         conn.base = fresh
         yield conn
-
-
-def explained(conn: psycopg.Connection, query: str) -> str:
-    return "\n".join(line for (line,) in conn.execute(f"EXPLAIN (COSTS OFF) {query}"))
 
 
 def alone(conn: psycopg.Connection, query: str) -> list[tuple]:

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import psycopg
 import pytest
 
-from helpers import load
+from helpers import explained, load
 
 pytestmark = pytest.mark.newer
 
@@ -99,10 +99,6 @@ def answer(conn: psycopg.Connection, query: str, settings: list[str] = ()) -> li
     for setting in settings:
         conn.execute(f"SET LOCAL {setting}")
     return conn.execute(query).fetchall()
-
-
-def explained(conn: psycopg.Connection, query: str, options: str = "COSTS OFF") -> str:
-    return "\n".join(line for (line,) in conn.execute(f"EXPLAIN ({options}) {query}"))
 
 
 @pytest.mark.parametrize(("query", "nodes"), SHAPES)

@@ -6,7 +6,7 @@ import time
 import psycopg
 import pytest
 
-from helpers import assert_answers, load, unlike
+from helpers import assert_answers, cancelled_after, load, timed_out_after, unlike
 
 LIMIT = 0.5
 PREDICTIONS = {
@@ -22,37 +22,6 @@ def models(db):
     with db.connect() as conn:
         for name in ("slow_operator", "slow_chain", "big_mlp", "fraud_fc_256"):
             load(conn, name)
-
-
-def cancelled_after(conn: psycopg.Connection, sql: str, seconds: float) -> float:
-    """Runs a statement and cancels it from another thread; returns how long it went on after that."""
-    sent = []
-
-    def cancel():
-        time.sleep(seconds)
-        sent.append(time.monotonic())
-        conn.cancel_safe()
-
-    thread = threading.Thread(target=cancel)
-    thread.start()
-    with pytest.raises(psycopg.errors.QueryCanceled):
-        conn.execute(sql)
-    ended = time.monotonic()
-    thread.join()
-    return ended - sent[0]
-
-
-def timed_out_after(conn: psycopg.Connection, sql: str, seconds: float) -> float:
-    conn.execute(f"SET statement_timeout = {int(seconds * 1000)}")
-    started = time.monotonic()
-    try:
-        with pytest.raises(psycopg.errors.QueryCanceled) as caught:
-            conn.execute(sql)
-        ended = time.monotonic()
-    finally:
-        conn.execute("RESET statement_timeout")
-    assert "statement timeout" in str(caught.value)
-    return ended - started - seconds
 
 
 @pytest.mark.parametrize("way", [cancelled_after, timed_out_after])

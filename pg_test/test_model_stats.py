@@ -2,7 +2,7 @@
 
 import pytest
 from psycopg import errors
-from helpers import load
+from helpers import explained, load
 
 QUERY = "SELECT sum((predict('fraud_fc_256', x))[1]) FROM rows"
 
@@ -21,8 +21,8 @@ def statistics(conn) -> tuple:
     return conn.execute("SELECT calls, rows, batches, errors FROM tessera.model_stats WHERE model = 'fraud_fc_256' AND version = 1").fetchone()
 
 
-def plan(conn, query: str = QUERY, options: str = "ANALYZE, TIMING OFF") -> str:
-    return "\n".join(line for (line,) in conn.execute(f"EXPLAIN ({options}) {query}"))
+def plan(conn) -> str:
+    return explained(conn, QUERY, "ANALYZE, TIMING OFF")
 
 
 def test_predictions_are_counted(rows):

@@ -101,10 +101,15 @@ pub unsafe fn row_in_place<'a>(datum: pg_sys::Datum, width: usize) -> Option<&'a
     }
 }
 
+/// Bytes of an array of one dimension with so many values, and of what separates it from the next one.
+pub fn f32_row_bytes(width: usize) -> usize {
+    (HEADER + 8 + 4 * width).next_multiple_of(8)
+}
+
 /// `rows` arrays of one dimension, each of `width` values, in the current memory context; the addresses of all are given to
 /// `give`, in order. The memory is one piece, in which each has its place.
 pub fn rows_from_f32(values: &[f32], rows: usize, width: usize, mut give: impl FnMut(pg_sys::Datum)) {
-    let stride = (HEADER + 8 + 4 * width).next_multiple_of(8);
+    let stride = f32_row_bytes(width);
     if width == 0 || stride.saturating_mul(rows) > super::fmgr::MAX_ALLOC {
         for row in 0..rows {
             give(from_f32(&[width], &values[row * width..(row + 1) * width]));

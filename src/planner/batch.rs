@@ -100,18 +100,16 @@ impl InUse {
         }
     }
 
-    /// How many rows such as those gathered a batch may have, so that it takes at most so many bytes.
-    pub fn rows_within(&self, rows: &RowBuffer, bytes: usize) -> usize {
+    /// Bytes that the model's values take at a time for a row such as those gathered; the most there is if that is not known.
+    pub fn run_bytes(&self, rows: &RowBuffer) -> usize {
         let probe = 64;
-        let Ok(shape) = rows.tensor(&self.port, 0, 1).map(|one| one.shape) else { return 1 };
+        let Ok(shape) = rows.tensor(&self.port, 0, 1).map(|one| one.shape) else { return usize::MAX };
         let shape: Vec<usize> = std::iter::once(probe).chain(shape.into_iter().skip(1)).collect();
-        let peak = self.model.plan.peak_bytes(&[shape]).unwrap_or(u64::MAX) / probe as u64;
-        // The input is held twice, the output three times, on their way.
-        let row = peak.saturating_add(3 * (rows.bytes() / rows.rows().max(1)) as u64).max(1);
-        usize::try_from(bytes as u64 / row).unwrap_or(usize::MAX).max(1)
+        let peak = self.model.plan.peak_bytes(&[shape]).map(|peak| peak.div_ceil(probe as u64));
+        peak.and_then(|peak| usize::try_from(peak).ok()).unwrap_or(usize::MAX)
     }
 
-    /// Predicts these rows; the arrays, in the current memory context, are given in order to `give`.
+    /// Predicts these rows; the arrays, in the current memory context, are given in order to `give`. Returns the bytes of one.
     ///
     /// # Errors
     /// What the model cannot compute: some of the rows may have been given.
@@ -121,8 +119,8 @@ impl InUse {
         range: Range<usize>,
         done: &mut Done,
         mut give: impl FnMut(pg_sys::Datum),
-    ) -> Result<(), ModelError> {
-        let mut from = range.start;
+    ) -> Result<usize, ModelError> {
+        let (mut from, mut bytes) = (range.start, 0);
         while from < range.end {
             let left = range.end - from;
             let count = match self.model.plan.is_general() {
@@ -143,8 +141,9 @@ impl InUse {
             let (width, values) = to_rows_f32(first, count)?;
             array::rows_from_f32(&values, count, width, &mut give);
             from += count;
+            bytes = array::f32_row_bytes(width);
         }
-        Ok(())
+        Ok(bytes)
     }
 }
 

@@ -8,9 +8,18 @@ use pgrx::pg_sys::{self, NodeTag, Plan};
 
 /// Calls in the order in which they are computed: what a call needs comes before it.
 #[derive(Default)]
-pub struct Calls(Vec<*mut Node>);
+pub struct Calls {
+    calls: Vec<*mut Node>,
+    /// Where those begin that are collected for the present stage.
+    stage: usize,
+}
 
 impl Calls {
+    /// What is collected from now on is computed after what is there.
+    fn begin_stage(&mut self) {
+        self.stage = self.calls.len();
+    }
+
     /// Those that evaluating the expression computes in any case, innermost first. A call on which no column of the row has
     /// an influence is none: it costs one run as it is.
     ///
@@ -71,9 +80,12 @@ impl Calls {
         unsafe {
             let model = nodes::items::<Node>((*call.cast::<pg_sys::FuncExpr>()).args).next();
             let fixed = model.is_some_and(|model| !has_columns(model) && !is_volatile(model));
-            if fixed && !is_volatile(call) && self.find(call).is_none() {
-                self.0.push(call);
+            if !fixed || is_volatile(call) || self.find(call).is_some() {
+                return;
             }
+            // A call of this stage can have it in a branch that need not be reached, from which it was not collected.
+            let place = self.calls[self.stage..].iter().position(|&known| contains(known, call));
+            self.calls.insert(place.map_or(self.calls.len(), |place| self.stage + place), call);
         }
     }
 
@@ -83,19 +95,19 @@ impl Calls {
     /// `node` is a node.
     pub unsafe fn find(&self, node: *mut Node) -> Option<usize> {
         // SAFETY: by the contract.
-        self.0.iter().position(|call| unsafe { nodes::equal(*call, node) })
+        self.calls.iter().position(|call| unsafe { nodes::equal(*call, node) })
     }
 
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.calls.is_empty()
     }
 
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.calls.len()
     }
 
     pub fn iter(&self) -> impl Iterator<Item = *mut Node> + '_ {
-        self.0.iter().copied()
+        self.calls.iter().copied()
     }
 }
 
@@ -181,9 +193,11 @@ pub unsafe fn above(
         let mut all = Calls::default();
         let mut stages = Vec::new();
         for (stage, &condition) in conditions.iter().enumerate() {
+            all.begin_stage();
             all.collect(condition);
             stages.resize(all.len(), stage);
         }
+        all.begin_stage();
         all.collect(target.cast());
         stages.resize(all.len(), conditions.len());
         if all.is_empty() {
@@ -221,13 +235,14 @@ pub unsafe fn above(
         for call in all.iter() {
             row.push(nodes::entry(pg_sys::copyObjectImpl(call.cast()).cast(), row.len() + 1));
         }
-        // A condition can have a call that only later stages compute for every row, such as one in a branch of CASE: it stays.
-        let own = |node: *mut Node, itself: Option<*mut Node>, at: usize| {
+        // A condition or a call can have a call that is computed only later, such as one in a branch of CASE: it stays. The
+        // columns that it needs are there, because no call of a later stage is early.
+        let own = |node: *mut Node, itself: Option<*mut Node>, computed: usize| {
             nodes::changed(node, &mut |part| {
                 if itself == Some(part) {
                     return None;
                 }
-                if let Some(call) = all.find(part).filter(|&call| stages[call] <= at) {
+                if let Some(call) = all.find(part).filter(|&call| call < computed) {
                     return Some(nodes::var_like(pg_sys::INDEX_VAR, kept.len() + call + 1, part));
                 }
                 let column = outer_column(part)?;
@@ -246,13 +261,10 @@ pub unsafe fn above(
                 })
                 .collect(),
         };
-        let expressions = all.iter().zip(&early).map(|(call, &early)| {
-            if early {
-                pg_sys::copyObjectImpl(call.cast()).cast::<Node>()
-            } else {
-                own(call, Some(call), conditions.len())
-            }
+        let expressions = all.iter().zip(&early).enumerate().map(|(at, (call, &early))| {
+            if early { pg_sys::copyObjectImpl(call.cast()).cast::<Node>() } else { own(call, Some(call), at) }
         });
+        let computed_at = |stage: usize| stages.partition_point(|&of_call| of_call <= stage);
         let node = nodes::make::<pg_sys::CustomScan>(NodeTag::T_CustomScan);
         let plan = &mut (*node).scan.plan;
         plan.startup_cost = (*costs).startup_cost;
@@ -263,8 +275,9 @@ pub unsafe fn above(
         plan.plan_node_id = id;
         plan.extParam = pg_sys::bms_copy((*costs).extParam);
         plan.allParam = pg_sys::bms_copy((*costs).allParam);
-        plan.targetlist = own(target.cast(), None, conditions.len()).cast();
-        plan.qual = nodes::list(conditions.iter().enumerate().map(|(at, &condition)| own(condition, None, at)));
+        plan.targetlist = own(target.cast(), None, all.len()).cast();
+        plan.qual =
+            nodes::list(conditions.iter().enumerate().map(|(at, &condition)| own(condition, None, computed_at(at))));
         plan.lefttree = child;
         (*node).custom_scan_tlist = nodes::list(row);
         (*node).custom_exprs = nodes::list(expressions);
@@ -272,6 +285,15 @@ pub unsafe fn above(
         (*node).methods = scan::methods();
         Some(node.cast())
     }
+}
+
+/// True if the call is a part of the expression.
+///
+/// # Safety
+/// Both are expressions.
+unsafe fn contains(node: *mut Node, call: *mut Node) -> bool {
+    // SAFETY: by the contract.
+    unsafe { nodes::visit_children(node, &mut |child| nodes::equal(child, call) || contains(child, call)) }
 }
 
 /// # Safety

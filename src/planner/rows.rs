@@ -153,8 +153,9 @@ impl Scan {
         unsafe {
             let caller = pg_sys::CurrentMemoryContext;
             let scratch = (*context).ecxt_per_tuple_memory;
-            let mut bytes = 0;
-            while self.rows.len() < wanted && bytes < limit {
+            let computed = self.computed_bytes();
+            let mut bytes = computed;
+            while self.rows.len() < wanted && (self.rows.is_empty() || bytes < limit) {
                 if self.held.is_null() {
                     let slot = exec::next_row(child);
                     if exec::is_empty(slot) {
@@ -188,9 +189,15 @@ impl Scan {
                     self.calls[..at].iter_mut().for_each(CallState::undo);
                     return;
                 }
-                bytes += self.keep();
+                bytes = bytes.saturating_add(self.keep()).saturating_add(computed);
             }
         }
+    }
+
+    /// Bytes that predicting a row takes beyond those of its columns: what each call holds, and what one at a time computes.
+    fn computed_bytes(&self) -> usize {
+        let held: usize = self.calls.iter().map(CallState::held_bytes).sum();
+        held.saturating_add(self.calls.iter().map(CallState::passing_bytes).max().unwrap_or(0))
     }
 
     /// Makes the held row the last one of the batch: its kept columns are copied. Returns their bytes.
@@ -204,12 +211,13 @@ impl Scan {
             pg_sys::CurrentMemoryContext = self.batch_context;
             let mut bytes = 16 * self.width;
             for &(column, by_value, len) in &self.copies {
-                let value = exec::column(self.held, column);
-                if let (Some(value), -1) = (value, len) {
-                    bytes += pgrx::varsize_any(value.cast_mut_ptr());
+                // An expanded array is flat, and shows its size, when it is copied.
+                let copied = exec::column(self.held, column).map(|value| exec::copy(value, by_value, len));
+                if let (Some(copied), -1) = (copied, len) {
+                    bytes += pgrx::varsize_any(copied.cast_mut_ptr());
                 }
-                self.nulls.push(value.is_none());
-                self.values.push(value.map_or(pg_sys::Datum::from(0), |value| exec::copy(value, by_value, len)));
+                self.nulls.push(copied.is_none());
+                self.values.push(copied.unwrap_or(pg_sys::Datum::from(0)));
             }
             if !self.table_scan.is_null() {
                 let slot = (*self.table_scan).ss_ScanTupleSlot;
@@ -326,28 +334,35 @@ impl Scan {
         if call.rows.rows() == 0 {
             return;
         }
-        let row_bytes = call.rows.bytes() / call.rows.rows();
-        if call.sized_for != row_bytes {
-            self.within = self.within.min(model.rows_within(&call.rows, settings::batch_bytes()));
-            self.calls[at].sized_for = row_bytes;
+        let input_bytes = call.rows.bytes() / call.rows.rows();
+        if call.input_bytes != input_bytes || call.run_bytes == 0 {
+            let run_bytes = model.run_bytes(&call.rows);
+            (self.calls[at].input_bytes, self.calls[at].run_bytes) = (input_bytes, run_bytes);
         }
         let call = &self.calls[at];
         let Some(model) = &call.model else { return };
         self.activity.get_or_insert_with(|| Activity::begin(Work::Predict, Some(model.content_hash())));
+        // Less than the batch where its rows are wider than those before it.
+        let at_a_time = (settings::batch_bytes() / call.passing_bytes().max(1)).max(1);
         let mut made = Vec::with_capacity(call.rows.rows());
         // SAFETY: a context of this scan; on an ERROR the transaction's end takes care of the current one.
         let result = unsafe {
             let caller = pg_sys::CurrentMemoryContext;
             pg_sys::CurrentMemoryContext = self.batch_context;
-            let mut done = self.done;
-            let result = model.predict(&call.rows, 0..call.rows.rows(), &mut done, |value| made.push(value));
+            let (mut done, mut from, mut result) = (self.done, 0, Ok(0));
+            while from < call.rows.rows() && result.is_ok() {
+                let to = from.saturating_add(at_a_time).min(call.rows.rows());
+                result = model.predict(&call.rows, from..to, &mut done, |value| made.push(value));
+                from = to;
+            }
             pg_sys::CurrentMemoryContext = caller;
             self.done = done;
             self.publish();
             result
         };
         match result {
-            Ok(()) => {
+            Ok(bytes) => {
+                self.calls[at].output_bytes = bytes;
                 for row in rows {
                     if let Some(place) = self.calls[at].places[row] {
                         self.put(row, at, Some(made[place as usize]));

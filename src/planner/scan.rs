@@ -78,8 +78,10 @@ pub struct CallState {
     /// There is no model of that name that the role may use: only the function itself says so, if it comes to a call.
     pub(super) refused: bool,
     pub(super) rows: RowBuffer,
-    /// Bytes of a row for which the size of a batch was found last.
-    pub(super) sized_for: usize,
+    /// Bytes of an input, of what the model computes from it at a time, and of an output, as far as they were seen.
+    pub(super) input_bytes: usize,
+    pub(super) run_bytes: usize,
+    pub(super) output_bytes: usize,
     /// By row of the batch, its place in `rows`.
     pub(super) places: Vec<Option<u32>>,
 }
@@ -117,7 +119,7 @@ pub struct Scan {
     pub(super) at: usize,
     /// Rows of the next batch, and what is held of it.
     pub(super) size: usize,
-    /// The most rows of a batch as far as memory is concerned.
+    /// The most rows of a batch since a run took too much memory.
     pub(super) within: usize,
     /// The child's slot if its row is not in a batch yet, else null.
     pub(super) held: *mut pg_sys::TupleTableSlot,
@@ -343,7 +345,9 @@ impl CallState {
                 model: None,
                 refused: false,
                 rows: RowBuffer::default(),
-                sized_for: usize::MAX,
+                input_bytes: 0,
+                run_bytes: 0,
+                output_bytes: 0,
                 places: Vec::new(),
             }
         }
@@ -352,6 +356,17 @@ impl CallState {
     pub(super) fn clear(&mut self) {
         self.rows.clear();
         self.places.clear();
+    }
+
+    /// Bytes of a row that are held until the batch has been handed on, beyond those that are counted when it is fetched.
+    pub(super) fn held_bytes(&self) -> usize {
+        let input = if self.layout.early { 0 } else { self.input_bytes };
+        self.output_bytes + input
+    }
+
+    /// Bytes of a row while the model runs: its values, among which are input and output, and the output once more on its way.
+    pub(super) fn passing_bytes(&self) -> usize {
+        self.run_bytes.saturating_add(self.input_bytes + self.output_bytes)
     }
 
     /// The name of the model, which is one for all rows.
