@@ -1,13 +1,22 @@
-//! The executor's primitives without a guard of their own, for loops that fetch or copy many rows.
+//! The executor's primitives without pgrx's guard.
 //!
-//! pgrx guards each call into PostgreSQL by a jump buffer, which costs more than most of these calls. Here the loop as a
-//! whole is guarded ([`guarded`]): an ERROR in it leaves the closure at once, and then goes on as a panic.
+//! pgrx puts a jump buffer around each call into PostgreSQL, catches an ERROR there, and raises another one in its place at
+//! the end of the callback: it has lost the CONTEXT lines, and the position and text of an internal query. Around a node of a plan
+//! or the planner these are other people's errors, which users want whole. The functions here let an ERROR pass: it leaves all
+//! frames between PostgreSQL's own catch and here at once, as it does in C. It also costs less, which counts in loops over rows.
+//!
+//! So for each caller, up to the callback that PostgreSQL has called: while one of these functions runs, no frame may hold a
+//! value that has something to do when it is dropped, or a borrow flag. Such values belong to the node's state, which goes with
+//! the query's memory.
 
 use pgrx::pg_sys;
 
 mod bare {
     use pgrx::pg_sys;
     unsafe extern "C-unwind" {
+        pub fn ExecInitNode(plan: *mut pg_sys::Plan, estate: *mut pg_sys::EState, flags: i32)
+        -> *mut pg_sys::PlanState;
+        pub fn ExecEndNode(node: *mut pg_sys::PlanState);
         pub fn ExecReScan(node: *mut pg_sys::PlanState);
         pub fn slot_getsomeattrs_int(slot: *mut pg_sys::TupleTableSlot, attnum: i32);
         pub fn MemoryContextReset(context: pg_sys::MemoryContext);
@@ -16,20 +25,37 @@ mod bare {
     }
 }
 
-/// Runs `work`, in which the functions of this module may be called.
+/// Gets a plan ready.
 ///
 /// # Safety
-/// An ERROR leaves `work` without running destructors: while one of these functions runs, no value of `work`'s own may be
-/// alive that has one, and what `work` borrows must be fit to be dropped at that point.
-pub unsafe fn guarded<T>(work: impl FnOnce() -> T) -> T {
-    // SAFETY: by the contract; called on the backend's one thread.
-    unsafe { pg_sys::ffi::pg_guard_ffi_boundary(work) }
+/// As the module says; as `ExecInitNode` (execProcnode.c).
+pub unsafe fn begin(plan: *mut pg_sys::Plan, estate: *mut pg_sys::EState, flags: i32) -> *mut pg_sys::PlanState {
+    // SAFETY: by the contract.
+    unsafe { bare::ExecInitNode(plan, estate, flags) }
+}
+
+/// Ends a plan.
+///
+/// # Safety
+/// As the module says; `node` is an initialised plan.
+pub unsafe fn end(node: *mut pg_sys::PlanState) {
+    // SAFETY: by the contract.
+    unsafe { bare::ExecEndNode(node) }
+}
+
+/// Has a plan begin anew.
+///
+/// # Safety
+/// As the module says; `node` is an initialised plan.
+pub unsafe fn rescan(node: *mut pg_sys::PlanState) {
+    // SAFETY: by the contract.
+    unsafe { bare::ExecReScan(node) }
 }
 
 /// The next row of a plan; null or an empty slot at its end.
 ///
 /// # Safety
-/// Within [`guarded`]; `node` is an initialised plan.
+/// As the module says; `node` is an initialised plan.
 pub unsafe fn next_row(node: *mut pg_sys::PlanState) -> *mut pg_sys::TupleTableSlot {
     // SAFETY: as ExecProcNode (executor.h).
     unsafe {
@@ -53,7 +79,7 @@ pub unsafe fn is_empty(slot: *mut pg_sys::TupleTableSlot) -> bool {
 /// A column (from 1) of the row in a slot; none for NULL.
 ///
 /// # Safety
-/// Within [`guarded`]; the slot holds a row with that column.
+/// As the module says; the slot holds a row with that column.
 pub unsafe fn column(slot: *mut pg_sys::TupleTableSlot, column: usize) -> Option<pg_sys::Datum> {
     // SAFETY: as slot_getattr (tuptable.h).
     unsafe {
@@ -67,7 +93,7 @@ pub unsafe fn column(slot: *mut pg_sys::TupleTableSlot, column: usize) -> Option
 /// The value of an expression; none for NULL. It lives in the current memory context, or where its parts do.
 ///
 /// # Safety
-/// Within [`guarded`]; the context has the rows that the expression reads.
+/// As the module says; the context has the rows that the expression reads.
 pub unsafe fn evaluate(expression: *mut pg_sys::ExprState, context: *mut pg_sys::ExprContext) -> Option<pg_sys::Datum> {
     // SAFETY: as ExecEvalExpr (executor.h).
     unsafe {
@@ -78,10 +104,56 @@ pub unsafe fn evaluate(expression: *mut pg_sys::ExprState, context: *mut pg_sys:
     }
 }
 
+/// As [`evaluate`], with what is made on the way in the expression's own memory, until that is reset.
+///
+/// # Safety
+/// As there.
+pub unsafe fn evaluate_aside(
+    expression: *mut pg_sys::ExprState,
+    context: *mut pg_sys::ExprContext,
+) -> Option<pg_sys::Datum> {
+    // SAFETY: by the contract; as ExecEvalExprSwitchContext (executor.h).
+    unsafe {
+        let caller = pg_sys::CurrentMemoryContext;
+        pg_sys::CurrentMemoryContext = (*context).ecxt_per_tuple_memory;
+        let value = evaluate(expression, context);
+        pg_sys::CurrentMemoryContext = caller;
+        value
+    }
+}
+
+/// Whether a row meets a condition made by `ExecInitQual`.
+///
+/// # Safety
+/// As [`evaluate`].
+pub unsafe fn meets(condition: *mut pg_sys::ExprState, context: *mut pg_sys::ExprContext) -> bool {
+    // SAFETY: by the contract; as ExecQual (executor.h), which is never null.
+    unsafe { condition.is_null() || evaluate_aside(condition, context).is_some_and(|met| met.value() != 0) }
+}
+
+/// The row of a projection.
+///
+/// # Safety
+/// As [`evaluate`]; `projection` was made by `ExecBuildProjectionInfo`.
+pub unsafe fn project(projection: *mut pg_sys::ProjectionInfo) -> *mut pg_sys::TupleTableSlot {
+    // SAFETY: by the contract; as ExecProject (executor.h): the expression fills the slot.
+    unsafe {
+        let state = &raw mut (*projection).pi_state;
+        let slot = (*state).resultslot;
+        if let Some(clear) = (*(*slot).tts_ops).clear {
+            clear(slot);
+        }
+        evaluate_aside(state, (*projection).pi_exprContext);
+        (*slot).tts_flags &= !(pg_sys::TTS_FLAG_EMPTY as u16);
+        (*slot).tts_nvalid = (*(*slot).tts_tupleDescriptor).natts as i16;
+        slot
+    }
+}
+
 /// Frees all that is in a memory context.
 ///
 /// # Safety
-/// Within [`guarded`]; nothing in the context is used any more.
+/// As the module says; nothing in the context is used any more.
 pub unsafe fn reset(context: pg_sys::MemoryContext) {
     // SAFETY: by the contract.
     unsafe {
@@ -94,7 +166,7 @@ pub unsafe fn reset(context: pg_sys::MemoryContext) {
 /// A copy of a value in the current memory context.
 ///
 /// # Safety
-/// Within [`guarded`]; the value has a type with this `typbyval` and `typlen`.
+/// As the module says; the value has a type with this `typbyval` and `typlen`.
 pub unsafe fn copy(value: pg_sys::Datum, by_value: bool, len: i16) -> pg_sys::Datum {
     // SAFETY: by the contract.
     unsafe { if by_value { value } else { bare::datumCopy(value, false, i32::from(len)) } }
@@ -103,7 +175,7 @@ pub unsafe fn copy(value: pg_sys::Datum, by_value: bool, len: i16) -> pg_sys::Da
 /// The value with a plain header, in the current memory context if it had to be made.
 ///
 /// # Safety
-/// Within [`guarded`]; `datum` points at a varlena.
+/// As the module says; `datum` points at a varlena.
 pub unsafe fn plain(datum: *mut pg_sys::varlena) -> *mut pg_sys::varlena {
     // SAFETY: by the contract.
     unsafe { bare::pg_detoast_datum(datum) }

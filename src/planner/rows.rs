@@ -9,7 +9,6 @@ use crate::serving::settings;
 use inference::array::RowBuffer;
 use inference::error::ErrorKind;
 use pgrx::pg_sys;
-use pgrx::prelude::*;
 
 /// What became of an input.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -23,7 +22,7 @@ enum Gathered {
 /// Adds one input to those of a call.
 ///
 /// # Safety
-/// Within [`exec::guarded`]; `input` is an array with these elements, and lives in the row or in the current memory context.
+/// As [`exec`] says; `input` is an array with these elements, and lives in the row or in the current memory context.
 unsafe fn gather(
     model: Option<&InUse>,
     rows: &mut RowBuffer,
@@ -52,7 +51,7 @@ impl CallState {
     /// The input, from the row that the context has.
     ///
     /// # Safety
-    /// Within [`exec::guarded`]; `slot` is the child's for an early call.
+    /// As [`exec`] says; `slot` is the child's for an early call.
     unsafe fn input(
         &self,
         context: *mut pg_sys::ExprContext,
@@ -82,13 +81,13 @@ impl Scan {
     /// `node` is the node of this state.
     pub(super) unsafe fn fill(&mut self, node: *mut pg_sys::CustomScanState) {
         self.clear();
-        // SAFETY: by the contract. In the guarded parts nothing has a destructor while PostgreSQL is called.
+        // SAFETY: by the contract.
         unsafe {
             let context = (*node).ss.ps.ps_ExprContext;
             let child = (*node).ss.ps.lefttree;
-            exec::guarded(|| exec::reset(self.batch_context));
+            exec::reset(self.batch_context);
             if self.held.is_null() {
-                let slot = exec::guarded(|| exec::next_row(child));
+                let slot = exec::next_row(child);
                 if exec::is_empty(slot) {
                     self.ended = true;
                     return;
@@ -104,11 +103,11 @@ impl Scan {
                 let asked = self.asked(context);
                 let wanted = self.size.min(self.within).min(settings::batch_size()).min(asked);
                 let limit = settings::batch_bytes();
-                exec::guarded(|| self.fetch(child, context, wanted, limit));
+                self.fetch(child, context, wanted, limit);
                 self.size = (2 * self.size).min(settings::batch_size());
             }
             if self.rows.is_empty() && !self.held.is_null() {
-                exec::guarded(|| self.take_alone(context));
+                self.take_alone(context);
             }
             if let Some(Some(left)) = &mut self.left {
                 *left = left.saturating_sub(self.rows.len());
@@ -127,11 +126,7 @@ impl Scan {
             let mut rows = 0_i64;
             for (at, &end) in limit.iter().enumerate() {
                 // SAFETY: both are of type bigint.
-                let value = unsafe {
-                    let mut null = false;
-                    let datum = pg_sys::ExecEvalExprSwitchContext(end, context, &mut null);
-                    i64::from_datum(datum, null)
-                };
+                let value = unsafe { exec::evaluate_aside(end, context) }.map(|count| count.value() as i64);
                 // No count is no limit, no offset is 0.
                 rows = rows.saturating_add(value.or((at > 0).then_some(0))?);
             }
@@ -141,7 +136,7 @@ impl Scan {
     }
 
     /// # Safety
-    /// Within [`exec::guarded`], with the node's context and child.
+    /// As [`exec`] says, with the node's context and child.
     unsafe fn fetch(
         &mut self,
         child: *mut pg_sys::PlanState,
@@ -203,7 +198,7 @@ impl Scan {
     /// Makes the held row the last one of the batch: its kept columns are copied. Returns their bytes.
     ///
     /// # Safety
-    /// Within [`exec::guarded`]; a row is held.
+    /// As [`exec`] says; a row is held.
     unsafe fn keep(&mut self) -> usize {
         // SAFETY: by the contract; the kept columns have the types that the plan says.
         unsafe {
@@ -235,7 +230,7 @@ impl Scan {
     /// Makes the held row a batch of its own, and has the functions themselves compute its early calls.
     ///
     /// # Safety
-    /// Within [`exec::guarded`]; a row is held.
+    /// As [`exec`] says; a row is held.
     unsafe fn take_alone(&mut self, context: *mut pg_sys::ExprContext) {
         // SAFETY: by the contract.
         unsafe {
@@ -269,13 +264,14 @@ impl Scan {
                 if self.rows.is_empty() {
                     return;
                 }
-                let mut odd = vec![false; self.rows.len()];
+                self.odd.clear();
+                self.odd.resize(self.rows.len(), false);
                 for at in 0..self.calls.len() {
                     if self.calls[at].layout.stage == stage {
-                        self.predict(node, at, &mut odd);
+                        self.predict(node, at);
                     }
                 }
-                for (row, odd) in self.rows.iter_mut().zip(odd) {
+                for (row, &odd) in self.rows.iter_mut().zip(&self.odd) {
                     if *row == (Row::At { stage, computed: false }) && !odd {
                         *row = Row::At { stage, computed: true };
                     }
@@ -287,7 +283,7 @@ impl Scan {
                 for row in 0..self.rows.len() {
                     if self.rows[row] == (Row::At { stage, computed: true }) {
                         let context = (*node).ss.ps.ps_ExprContext;
-                        exec::guarded(|| exec::reset((*context).ecxt_per_tuple_memory));
+                        exec::reset((*context).ecxt_per_tuple_memory);
                         (*context).ecxt_scantuple = (*node).ss.ss_ScanTupleSlot;
                         self.show((*node).ss.ss_ScanTupleSlot, row);
                         let met = self.meets(node, stage);
@@ -306,7 +302,7 @@ impl Scan {
         // SAFETY: by the contract.
         unsafe {
             let Some(&state) = self.conditions.get(condition) else { return true };
-            let met = pg_sys::ExecQual(state, (*node).ss.ps.ps_ExprContext);
+            let met = exec::meets(state, (*node).ss.ps.ps_ExprContext);
             let instrument = (*node).ss.ps.instrument;
             if !met && !instrument.is_null() {
                 (*instrument).nfiltered1 += 1.0;
@@ -319,14 +315,14 @@ impl Scan {
     ///
     /// # Safety
     /// `node` is the node of this state.
-    unsafe fn predict(&mut self, node: *mut pg_sys::CustomScanState, at: usize, odd: &mut [bool]) {
+    unsafe fn predict(&mut self, node: *mut pg_sys::CustomScanState, at: usize) {
         let stage = self.calls[at].layout.stage;
         let waiting = Row::At { stage, computed: false };
-        let rows: Vec<usize> = (0..self.rows.len()).filter(|&row| self.rows[row] == waiting && !odd[row]).collect();
-        let early = self.calls[at].layout.early;
-        if !early {
-            // SAFETY: by the contract; the vectors outlive the guarded part.
-            unsafe { exec::guarded(|| self.gather_late(node, at, &rows, odd)) };
+        self.chosen.clear();
+        self.chosen.extend((0..self.rows.len()).filter(|&row| self.rows[row] == waiting && !self.odd[row]));
+        if !self.calls[at].layout.early {
+            // SAFETY: by the contract.
+            unsafe { self.gather_late(node, at) };
         }
         // A row that was taken alone has been computed as far as it is early.
         let call = &self.calls[at];
@@ -363,7 +359,8 @@ impl Scan {
         match result {
             Ok(bytes) => {
                 self.calls[at].output_bytes = bytes;
-                for row in rows {
+                for n in 0..self.chosen.len() {
+                    let row = self.chosen[n];
                     if let Some(place) = self.calls[at].places[row] {
                         self.put(row, at, Some(made[place as usize]));
                     }
@@ -375,7 +372,7 @@ impl Scan {
                     self.within = (call.rows.rows() / 2).max(1);
                 }
                 // Each is computed alone when its turn has come.
-                rows.iter().for_each(|&row| odd[row] = true);
+                self.chosen.iter().for_each(|&row| self.odd[row] = true);
             }
         }
     }
@@ -383,8 +380,8 @@ impl Scan {
     /// Gathers the inputs of a call from the rows of the batch.
     ///
     /// # Safety
-    /// Within [`exec::guarded`]; `node` is the node of this state.
-    unsafe fn gather_late(&mut self, node: *mut pg_sys::CustomScanState, at: usize, rows: &[usize], odd: &mut [bool]) {
+    /// As [`exec`] says; `node` is the node of this state.
+    unsafe fn gather_late(&mut self, node: *mut pg_sys::CustomScanState, at: usize) {
         // SAFETY: by the contract.
         unsafe {
             let (context, slot) = ((*node).ss.ps.ps_ExprContext, (*node).ss.ss_ScanTupleSlot);
@@ -392,21 +389,22 @@ impl Scan {
             (*context).ecxt_scantuple = slot;
             self.calls[at].clear();
             self.calls[at].places.resize(self.rows.len(), None);
-            for &row in rows {
+            for n in 0..self.chosen.len() {
+                let row = self.chosen[n];
                 exec::reset((*context).ecxt_per_tuple_memory);
                 self.show(slot, row);
                 pg_sys::CurrentMemoryContext = (*context).ecxt_per_tuple_memory;
                 let call = &mut self.calls[at];
                 let batched = !call.refused && call.model.as_ref().is_none_or(|model| model.batched);
                 if !batched {
-                    odd[row] = true;
+                    self.odd[row] = true;
                     continue;
                 }
                 let input = call.input(context, slot);
                 match gather(call.model.as_ref(), &mut call.rows, call.layout.elements, input) {
                     Gathered::Null => {}
                     Gathered::Added => call.places[row] = Some(call.rows.rows() as u32 - 1),
-                    Gathered::Odd => odd[row] = true,
+                    Gathered::Odd => self.odd[row] = true,
                 }
             }
             pg_sys::CurrentMemoryContext = caller;
@@ -451,7 +449,7 @@ impl Scan {
             pg_sys::CurrentMemoryContext = self.batch_context;
             let call = &self.calls[at];
             if !call.layout.early {
-                let value = exec::guarded(|| exec::evaluate(call.whole, context));
+                let value = exec::evaluate(call.whole, context);
                 self.put(row, at, value);
             } else if let (Some(Some(place)), Some(model)) = (call.places.get(row).copied(), &call.model) {
                 let place = place as usize;

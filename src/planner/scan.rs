@@ -111,6 +111,10 @@ pub struct Scan {
     pub(super) values: Vec<pg_sys::Datum>,
     pub(super) nulls: Vec<bool>,
     pub(super) rows: Vec<Row>,
+    /// By row: no batch can be made with it at its stage.
+    pub(super) odd: Vec<bool>,
+    /// Rows for which a call is being computed.
+    pub(super) chosen: Vec<usize>,
     /// The child if it scans a table, for WHERE CURRENT OF; else null.
     pub(super) table_scan: *mut pg_sys::ScanState,
     /// Of a scan of a table, by row, where the row lies.
@@ -147,7 +151,7 @@ unsafe extern "C-unwind" fn begin(node: *mut pg_sys::CustomScanState, estate: *m
     // SAFETY: the node is one of ours, and its plan one that the planner made (build.rs).
     unsafe {
         let plan = (*node).ss.ps.plan.cast::<pg_sys::CustomScan>();
-        let child = pg_sys::ExecInitNode((*plan).scan.plan.lefttree, estate, flags);
+        let child = exec::begin((*plan).scan.plan.lefttree, estate, flags);
         (*node).ss.ps.lefttree = child;
         let layout = Layout::of_numbers(&nodes::numbers((*plan).custom_private)).unwrap_or_else(|| {
             crate::pg::error::not_supported(
@@ -182,6 +186,8 @@ unsafe extern "C-unwind" fn begin(node: *mut pg_sys::CustomScanState, estate: *m
             values: Vec::new(),
             nulls: Vec::new(),
             rows: Vec::new(),
+            odd: Vec::new(),
+            chosen: Vec::new(),
             table_scan: table_scan(child),
             origins: Vec::new(),
             at: 0,
@@ -249,7 +255,7 @@ unsafe extern "C-unwind" fn end(node: *mut pg_sys::CustomScanState) {
     // SAFETY: the node has begun; our part goes with the query's memory.
     unsafe { state(node).activity = None };
     // SAFETY: as before.
-    unsafe { pg_sys::ExecEndNode((*node).ss.ps.lefttree) };
+    unsafe { exec::end((*node).ss.ps.lefttree) };
 }
 
 #[pg_guard]
@@ -259,7 +265,7 @@ unsafe extern "C-unwind" fn rescan(node: *mut pg_sys::CustomScanState) {
         state(node).restart();
         let child = (*node).ss.ps.lefttree;
         if (*child).chgParam.is_null() {
-            pg_sys::ExecReScan(child);
+            exec::rescan(child);
         }
     }
 }
@@ -379,9 +385,8 @@ impl CallState {
             .get_or_insert_with(|| {
                 // SAFETY: the model's name is a text; a string is made of it before its memory is used again.
                 unsafe {
-                    let mut null = false;
-                    let datum = pg_sys::ExecEvalExprSwitchContext(expr, context, &mut null);
-                    String::from_datum(datum, null)
+                    let datum = exec::evaluate_aside(expr, context);
+                    datum.and_then(|datum| String::from_datum(datum, false))
                 }
             })
             .as_deref()
@@ -469,14 +474,14 @@ impl Scan {
                     if self.rows[row] == Row::Dropped {
                         continue;
                     }
-                    exec::guarded(|| exec::reset((*context).ecxt_per_tuple_memory));
+                    exec::reset((*context).ecxt_per_tuple_memory);
                     (*context).ecxt_scantuple = slot;
                     self.show(slot, row);
                     if self.rows[row] != last && !self.finish_row(node, row) {
                         continue;
                     }
                     let projection = (*node).ss.ps.ps_ProjInfo;
-                    return if projection.is_null() { slot } else { pg_sys::ExecProject(projection) };
+                    return if projection.is_null() { slot } else { exec::project(projection) };
                 }
                 if self.ended && self.held.is_null() {
                     pg_sys::ExecClearTuple(slot);
