@@ -178,3 +178,43 @@ def test_failing_queries_leave_nothing(t):
     t.execute("SELECT fail(50)")
     before, after = t.execute("SELECT fail(50)").fetchone()[0], t.execute("SELECT fail(300)").fetchone()[0]
     assert after < before + (1 << 20)
+
+
+def test_errors_keep_their_context(t):
+    """Of functions below the node, in its inputs and conditions, and of what the planner evaluates in any query."""
+    t.execute("CREATE FUNCTION boom(i int) RETURNS real[] LANGUAGE plpgsql AS $$ BEGIN IF i > 3 THEN RAISE 'boom %', i; END IF; RETURN array_fill(1::real, ARRAY[28]); END $$")
+    t.execute("CREATE FUNCTION logarithm(x int) RETURNS double precision LANGUAGE sql IMMUTABLE AS 'SELECT ln(x) WHERE x < 10'")
+    where = "PL/pgSQL function boom(integer) line 1 at RAISE"
+    for query in (
+        "SELECT predict('fraud', boom(id)) FROM t",
+        f"SELECT {P} FROM t WHERE boom(id) IS NOT NULL",
+        f"SELECT count(*) FROM t WHERE ({P})[1] > (boom(id))[1]",
+        f"SELECT {P}, boom(id) FROM t",
+    ):
+        assert NODE in explained(t, query)
+        with pytest.raises(errors.RaiseException) as caught:
+            t.execute(query)
+        assert (caught.value.diag.message_primary, caught.value.diag.context) == ("boom 4", where)
+        assert caught.value.diag.source_function == "exec_stmt_raise"
+    with pytest.raises(errors.InvalidArgumentForLogarithm) as caught:
+        t.execute("SELECT logarithm(0)")
+    assert caught.value.diag.context == 'SQL function "logarithm" statement 1'
+
+
+def test_errors_leave_no_memory_behind(t):
+    """An error leaves the node's frames without a look back."""
+    t.execute("CREATE FUNCTION boom(i int) RETURNS real[] LANGUAGE plpgsql AS $$ BEGIN IF i > 500 THEN RAISE 'boom'; END IF; RETURN array_fill(1::real, ARRAY[28]); END $$")
+    t.execute(f"""CREATE FUNCTION fail(n int) RETURNS void LANGUAGE plpgsql AS $$ BEGIN FOR i IN 1..n LOOP
+        BEGIN PERFORM predict('fraud', boom(id)) FROM t; EXCEPTION WHEN raise_exception THEN NULL; END;
+        BEGIN PERFORM 1 FROM t WHERE ({P})[1] > -1 AND (predict('fraud', boom(id)))[1] > -1; EXCEPTION WHEN raise_exception THEN NULL; END;
+        END LOOP; END $$""")
+
+    def resident() -> int:
+        with open(f"/proc/{t.info.backend_pid}/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+    t.execute("SELECT fail(20)")
+    before = resident()
+    t.execute("SELECT fail(400)")
+    # A batch's vectors take some 100 kB each time.
+    assert resident() - before < 4096

@@ -155,7 +155,7 @@ pub(super) fn compile(
                 let template = Some(Template::Symbolic(typed, names.clone()));
                 return Ok(Compiled { general: None, template, doubt: None, rows, work });
             }
-            let general = Some(optimise(typed, names.clone(), vec![], options, cancel)?);
+            let general = Some(optimise(typed, names.clone(), vec![], rows.can_be_cut(), options, cancel)?);
             Ok(Compiled { general, template: None, doubt: None, rows, work })
         });
         match symbolic {
@@ -430,10 +430,11 @@ fn optimise(
     mut typed: TypedModel,
     names: Names,
     bound: Vec<usize>,
+    rows_are_independent: bool,
     options: &CompileOptions,
     cancel: &AtomicBool,
 ) -> Result<Runnable, ModelError> {
-    let rows_are_independent = super::slices::batch_of(&typed, &names).is_some();
+    let rows_are_independent = rows_are_independent || super::slices::batch_of(&typed, &names).is_some();
     passes::optimize(&mut typed).map_err(|error| failure("optimising the graph", &error))?;
     proceed(cancel)?;
     let made = Runnable::new(typed, names, bound, options).map_err(|error| failure("ordering the graph", &error))?;
@@ -483,5 +484,5 @@ pub(super) fn specialise(
     };
     proceed(cancel)?;
     let names = if free.batch().is_some() { free.clone() } else { Names::default() };
-    optimise(typed, names, template.bound().to_vec(), options, cancel)
+    optimise(typed, names, template.bound().to_vec(), false, options, cancel)
 }

@@ -68,6 +68,13 @@ impl Rows {
         matches!(self, Rows::Independent { .. })
     }
 
+    /// True if a batch of any size can be run in parts, along the first axis of each input, that are put together along the
+    /// first axis of each output.
+    pub(super) fn can_be_cut(&self) -> bool {
+        matches!(self, Rows::Independent { inputs, outputs, every_size: true, .. }
+            if inputs.iter().chain(outputs).all(|axis| *axis == 0))
+    }
+
     /// Why rows are not independent.
     pub fn reason(&self) -> Option<&str> {
         match self {

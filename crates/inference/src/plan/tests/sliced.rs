@@ -121,3 +121,44 @@ fn an_input_without_the_batch_is_not_cut() {
         }
     }
 }
+
+/// Attention over the words of each row, whose free length is a second dimension.
+#[test]
+fn sentences_are_cut_by_what_was_proven_of_rows() {
+    let (width, words, rows) = (64, 24, 700);
+    let mut random = Random::new(6);
+    let mut matrix = || random.values(width * width).iter().map(|value| value / 8.0).collect::<Vec<f32>>();
+    let (q, k, v) = (matrix(), matrix(), matrix());
+    let shape = [width as i64; 2];
+    let axes = || vec![N("batch"), N("words"), S(width as i64)];
+    let made = graph(
+        vec![info("x", FLOAT, &axes())],
+        vec![info("y", FLOAT, &axes())],
+        vec![
+            node("MatMul", &["x", "wq"], &["q"]),
+            node("MatMul", &["x", "wk"], &["k"]),
+            node("MatMul", &["x", "wv"], &["v"]),
+            node("Transpose", &["k"], &["kt"]).ints("perm", &[0, 2, 1]),
+            node("MatMul", &["q", "kt"], &["s"]),
+            node("Softmax", &["s"], &["p"]).int("axis", -1),
+            node("MatMul", &["p", "v"], &["a"]),
+            node("Add", &["a", "x"], &["y"]),
+        ],
+        vec![floats("wq", &shape, &q), floats("wk", &shape, &k), floats("wv", &shape, &v)],
+    );
+    let plan = compile(made).unwrap();
+    let runnable = plan.general.clone().unwrap();
+    assert!(runnable.rows_are_independent);
+    let shapes = vec![vec![rows, words, width]];
+    assert!(slices::rows_at_a_time(rows, runnable.demand(&shapes).unwrap().largest, plan.weights()) < rows);
+    let x = random.values(rows * words * width);
+    let predict = |x: &[f32]| {
+        let made = run(&plan, &[("x", f32s(&[x.len() / words / width, words, width], x))]).unwrap();
+        made[0].1.to_f32().unwrap().to_vec()
+    };
+    let whole = predict(&x);
+    for row in [0, 350, rows - 1] {
+        let place = row * words * width..(row + 1) * words * width;
+        assert_eq!(whole[place.clone()], predict(&x[place]), "row {row}");
+    }
+}
