@@ -182,7 +182,7 @@ def test_failing_queries_leave_nothing(t):
 
 def test_errors_keep_their_context(t):
     """Of functions below the node, in its inputs and conditions, and of what the planner evaluates in any query."""
-    t.execute("CREATE FUNCTION boom(i int) RETURNS real[] LANGUAGE plpgsql AS $$ BEGIN IF i > 3 THEN RAISE 'boom %', i; END IF; RETURN array_fill(1::real, ARRAY[28]); END $$")
+    t.execute("CREATE FUNCTION boom(i int) RETURNS real[] LANGUAGE plpgsql STABLE AS $$ BEGIN IF i > 3 THEN RAISE 'boom %', i; END IF; RETURN array_fill(1::real, ARRAY[28]); END $$")
     t.execute("CREATE FUNCTION logarithm(x int) RETURNS double precision LANGUAGE sql IMMUTABLE AS 'SELECT ln(x) WHERE x < 10'")
     where = "PL/pgSQL function boom(integer) line 1 at RAISE"
     for query in (
@@ -203,7 +203,7 @@ def test_errors_keep_their_context(t):
 
 def test_errors_leave_no_memory_behind(t):
     """An error leaves the node's frames without a look back."""
-    t.execute("CREATE FUNCTION boom(i int) RETURNS real[] LANGUAGE plpgsql AS $$ BEGIN IF i > 500 THEN RAISE 'boom'; END IF; RETURN array_fill(1::real, ARRAY[28]); END $$")
+    t.execute("CREATE FUNCTION boom(i int) RETURNS real[] LANGUAGE plpgsql STABLE AS $$ BEGIN IF i > 500 THEN RAISE 'boom'; END IF; RETURN array_fill(1::real, ARRAY[28]); END $$")
     t.execute(f"""CREATE FUNCTION fail(n int) RETURNS void LANGUAGE plpgsql AS $$ BEGIN FOR i IN 1..n LOOP
         BEGIN PERFORM predict('fraud', boom(id)) FROM t; EXCEPTION WHEN raise_exception THEN NULL; END;
         BEGIN PERFORM 1 FROM t WHERE ({P})[1] > -1 AND (predict('fraud', boom(id)))[1] > -1; EXCEPTION WHEN raise_exception THEN NULL; END;
@@ -213,6 +213,7 @@ def test_errors_leave_no_memory_behind(t):
         with open(f"/proc/{t.info.backend_pid}/status") as status:
             return next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
 
+    assert NODE in explained(t, "SELECT predict('fraud', boom(id)) FROM t")
     t.execute("SELECT fail(20)")
     before = resident()
     t.execute("SELECT fail(400)")
