@@ -24,6 +24,7 @@ from generate import dense_net, dense_weights  # noqa: E402
 import plots  # noqa: E402
 from bench import machine  # noqa: E402
 from cluster import Cluster, Database  # noqa: E402
+from paths import TARGET  # noqa: E402
 from queries import SERVER, fill, network, session, timed  # noqa: E402
 
 INPUTS = 28
@@ -36,15 +37,19 @@ ROWS = (10_000, 100_000, 1_000_000, 10_000_000)
 
 @dataclass
 class Point:
-    """One place of a curve: what is set, the table and the model, and seconds of query and scan by round."""
+    """One place of a curve: what is set, the table and the model; by round the seconds of query and scan, and the network's rows/s
+    at its best number of rows and at `size`."""
 
     x: int
     table: str
     model: str
     settings: tuple[str, ...] = ()
     workers: int = 0
+    size: int | None = None
     ours: list[float] = field(default_factory=list)
     scan: list[float] = field(default_factory=list)
+    net: list[float] = field(default_factory=list)
+    net_at_size: list[float] = field(default_factory=list)
 
 
 class Curves:
@@ -70,10 +75,6 @@ class Curves:
             self.conn.execute("SELECT load_model(%s, %b)", (name, made.SerializeToString()))
             self.files[name] = self.folder / f"{name}.onnx"
         return name
-
-    def network(self, model: str, *sizes: int) -> float:
-        """Rows/s of the bare network, at its best batch size or at the best of these."""
-        return network(self.files[model], (INPUTS,), *([sizes] if sizes else []))[0]
 
     def expected(self, point: Point) -> float:
         """The sum by ONNX Runtime: a table repeats its first rows."""
@@ -108,46 +109,48 @@ class Curves:
                 self.prepare(point)
                 point.ours.append(timed(lambda: self.conn.execute(query).fetchone())[0])
                 point.scan.append(timed(lambda: self.conn.execute(scan).fetchone())[0])
+                point.net.append(network(self.files[point.model], (INPUTS,))[0])
+                if point.size:
+                    point.net_at_size.append(network(self.files[point.model], (INPUTS,), (point.size,))[0])
             print(f"round {turn + 1} of {self.rounds}", file=sys.stderr)
 
-    def lines(self, head: str, points: list[Point], nets: list[float], more: list[float] | None = None) -> list[str]:
-        """A table: rows/s, of the scan, of the network, the bound, what we reach of it; `more` are networks for a second bound."""
-        second = "" if more is None else " bound at this size |"
-        lines = [f"| {head} | pg_tessera | scan | network | bound | pg_tessera : bound |{second}", "| ---: | ---: | ---: | ---: | ---: | ---: |" + (" ---: |" if second else "")]
-        for at, (point, net) in enumerate(zip(points, nets)):
+    def lines(self, head: str, points: list[Point]) -> list[str]:
+        """A table in rows/s: the query, the scan, the network, the bound of both, and what is reached of it."""
+        second = any(point.net_at_size for point in points)
+        lines = [f"| {head} | pg_tessera | scan | network | bound | pg_tessera : bound |" + " bound at this size |" * second, "| ---: | ---: | ---: | ---: | ---: | ---: |" + " ---: |" * second]
+        for point in points:
             rows = self.rows[point.table]
             ours, scan = rows / statistics.median(point.ours), rows / statistics.median(point.scan)
-            net *= min(1 + point.workers, os.cpu_count() or 1)
+            net = statistics.median(point.net) * min(1 + point.workers, os.cpu_count() or 1)
             bound = 1 / (1 / scan + 1 / net)
-            last = "" if more is None else f" {1 / (1 / scan + 1 / more[at]):,.0f} |"
+            last = f" {1 / (1 / scan + 1 / statistics.median(point.net_at_size)):,.0f} |" if second else ""
             lines.append(f"| {point.x:,} | {ours:,.0f} | {scan:,.0f} | {net:,.0f} | {bound:,.0f} | {ours / bound:.2f} |{last}")
         return [*lines, ""]
 
     def batch_size(self, rows: int) -> list[str]:
         table, model = self.table(rows), self.model(USUAL)
         # Memory for any number of rows, so that the other setting alone decides.
-        points = [Point(size, table, model, (f"tessera.batch_size = {size}", "tessera.batch_memory = '1GB'")) for size in SIZES]
+        points = [Point(size, table, model, (f"tessera.batch_size = {size}", "tessera.batch_memory = '1GB'"), size=size) for size in SIZES]
         self.measure(points)
-        at_size = [self.network(model, size) for size in SIZES]
         return ["### Rows of a batch", "", f"28-{USUAL}-2, {rows:,} rows, one process, `tessera.batch_memory` 1 GB. *Bound at this size* is with the network in runs of so many rows.", "",
-                *self.lines("batch_size", points, [self.network(model)] * len(points), at_size)]
+                *self.lines("batch_size", points)]
 
     def workers(self, rows: int) -> list[str]:
         table, model = self.table(rows), self.model(USUAL)
         points = [Point(workers, table, model, workers=workers) for workers in WORKERS]
         self.measure(points)
-        return ["### Parallel workers", "", f"28-{USUAL}-2, {rows:,} rows, on {os.cpu_count()} cores.", "", *self.lines("workers", points, [self.network(model)] * len(points))]
+        return ["### Parallel workers", "", f"28-{USUAL}-2, {rows:,} rows, on {os.cpu_count()} cores.", "", *self.lines("workers", points)]
 
     def table_size(self, most: int) -> list[str]:
         model = self.model(USUAL)
         points = [Point(rows, self.table(rows), model) for rows in ROWS if rows <= most]
         self.measure(points)
-        return ["### Rows of the table", "", f"28-{USUAL}-2, one process.", "", *self.lines("rows", points, [self.network(model)] * len(points))]
+        return ["### Rows of the table", "", f"28-{USUAL}-2, one process.", "", *self.lines("rows", points)]
 
     def width(self, rows: int) -> list[str]:
         points = [Point(width, self.table(rows), self.model(width)) for width in WIDTHS]
         self.measure(points)
-        return ["### Width of the model", "", f"28-W-2, {rows:,} rows, one process.", "", *self.lines("W", points, [self.network(point.model) for point in points])]
+        return ["### Width of the model", "", f"28-W-2, {rows:,} rows, one process.", "", *self.lines("W", points)]
 
 
 def main() -> None:
@@ -180,7 +183,7 @@ def main() -> None:
     print(text)
     if chosen.markdown:
         chosen.markdown.write_text(text)
-    for path in plots.draw(text, chosen.plots or (ROOT / "target" / "plots" if chosen.quick else plots.FOLDER)):
+    for path in plots.draw(text, chosen.plots or (TARGET / "plots" if chosen.quick else plots.FOLDER)):
         print(f"drawn: {path}", file=sys.stderr)
 
 
