@@ -22,7 +22,7 @@ import numpy as np  # noqa: E402
 from generate import dense_net, dense_weights  # noqa: E402
 
 import plots  # noqa: E402
-from bench import machine  # noqa: E402
+from bench import machine, report  # noqa: E402
 from cluster import Cluster, Database  # noqa: E402
 from paths import TARGET  # noqa: E402
 from queries import SERVER, fill, network, session, timed  # noqa: E402
@@ -179,10 +179,7 @@ def main() -> None:
                     lines += getattr(curves, name)(size)
     finally:
         cluster.remove()
-    text = "\n".join(lines)
-    print(text)
-    if chosen.markdown:
-        chosen.markdown.write_text(text)
+    text = report(lines, chosen.markdown)
     for path in plots.draw(text, chosen.plots or (TARGET / "plots" if chosen.quick else plots.FOLDER)):
         print(f"drawn: {path}", file=sys.stderr)
 

@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT / "scripts" / "models"), str(ROOT / "pg_test")]
 import numpy as np  # noqa: E402
 import onnxruntime  # noqa: E402
 
-from bench import PYTHON_ROW, PYTHON_ROWS, machine  # noqa: E402
+from bench import PYTHON_ROW, PYTHON_ROWS, machine, report  # noqa: E402
 from cluster import Cluster, Database  # noqa: E402
 from helpers import onnx_file  # noqa: E402
 from paths import MODELS  # noqa: E402
@@ -225,10 +225,7 @@ def main() -> None:
                 lines += latency(cluster, database.name, chosen.seconds, 3)
     finally:
         cluster.remove()
-    text = "\n".join(lines)
-    print(text)
-    if chosen.markdown:
-        chosen.markdown.write_text(text)
+    report(lines, chosen.markdown)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np  # noqa: E402
 
 import fleet  # noqa: E402
 import plots  # noqa: E402
-from bench import machine  # noqa: E402
+from bench import machine, report  # noqa: E402
 from cluster import Cluster, Database  # noqa: E402
 from helpers import assert_close, expected, onnx_file, to_json  # noqa: E402
 
@@ -224,10 +224,7 @@ def main() -> None:
     lines = [] if chosen.only == "clients" else beside_python(chosen)
     if chosen.only in (None, "clients"):
         lines += clients(chosen)
-    text = "\n".join(lines)
-    print(text)
-    if chosen.markdown:
-        chosen.markdown.write_text(text)
+    text = report(lines, chosen.markdown)
     plots.draw(text, chosen.plots)
 
 
