@@ -12,7 +12,8 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from generate import dense_net, dense_weights
+from generate import dense_net, dense_weights, save
+from onnx import helper
 
 from batch_models import NODE
 from helpers import Background, cancelled_after, explained, timed_out_after
@@ -34,6 +35,8 @@ QUERIES = {
     "wide rows beside them": f"SELECT count((predict('narrow', x))[1]), max(x) FROM {SOURCE}",
     "two calls, one of the other": f"SELECT count((predict('narrow', predict('wide', x)))[1]), max(x) FROM {SOURCE}",
     "conditions": f"SELECT max(x), max((predict('wide', x))[7]) FROM {SOURCE} WHERE (predict('narrow', x))[1] > -1e30 AND (predict('wide', x))[2] > -1e30",
+    "rows that get wider": "SELECT count((predict('any', array_fill(i::real, ARRAY[CASE WHEN i < {rows} / 2 THEN 10 ELSE 20000 END])))[1])"
+                           " FROM (SELECT generate_series(1, {rows} / 10 + {rows} / 2) AS i) AS s",
     "outputs much wider than inputs": "SELECT count((predict('widest', ARRAY[i, 1, 2, 3]::real[]))[1]) FROM (SELECT generate_series(1, {rows} / 5) AS i) AS s",
 }
 FEW = "(SELECT generate_series(1, 100) AS i OFFSET 0) AS s"
@@ -46,6 +49,9 @@ def models(db):
         for name, sizes in MODELS.items():
             model = dense_net(Path(folder), name, sizes, dense_weights(len(name), sizes, transposed=False), softmax=False)
             conn.execute("SELECT load_model(%s, %b)", (name, model.SerializeToString()))
+        nodes = [helper.make_node("Tanh", ["x"], ["t"], "tanh"), helper.make_node("Relu", ["t"], ["y"], "relu")]
+        model = save(Path(folder), "any", nodes, {"x": ["batch", "n"]}, {"y": ["batch", "n"]}, {})
+        conn.execute("SELECT load_model('any', %b)", (model.SerializeToString(),))
 
 
 class Watch:

@@ -14,7 +14,7 @@ from helpers import explained
 pytestmark = pytest.mark.newer
 
 FULL = bool(os.environ.get("TESSERA_FULL"))
-QUERIES = 2500 if FULL else 300
+QUERIES = 2500 if FULL else 200
 SETTINGS = [
     [], ["tessera.batch_size = 3"], ["tessera.batch_size = 1"], ["tessera.batch_memory = '64kB'", "work_mem = '64kB'"],
     ["enable_hashjoin = off", "enable_nestloop = off", "enable_material = off"], ["enable_hashjoin = off", "enable_mergejoin = off"],
