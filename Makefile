@@ -1,7 +1,7 @@
 # Every command of the project. `make help` lists them.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint setup models build start stop psql env install uninstall bench bench-queries bench-storage bench-serving bench-larger bench-cache bench-cache-clients bench-operators pg-regress clean
+.PHONY: help demo test test-full lint setup models build start stop psql env install uninstall bench bench-queries bench-curves bench-storage bench-serving bench-larger bench-cache bench-cache-clients bench-operators pg-regress clean
 
 help: ## lists these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,11 +21,15 @@ lint: setup ## formatting, and clippy with warnings as errors
 pg-regress: setup ## PostgreSQL's own suites with tensor_block as the default access method, on a server with assertions
 	@scripts/pg-regress
 
-bench: models build ## rows/s and MB/s beside PL/Python with ONNX Runtime, in one interleaved run
+bench: models build ## rows/s and MB/s beside PL/Python with ONNX Runtime, and the curves of docs/plots
 	@benches/run
+	@benches/run-curves
 
 bench-queries: models build ## predictions in plain queries beside PL/Python, a client with COPY, and their bounds
 	@benches/run-queries
+
+bench-curves: models build ## rows/s against batch size, workers, rows and width, with their bounds, as tables and plots
+	@benches/run-curves
 
 bench-storage: models build ## what the block store costs beside heap: loads, WAL, reads
 	@benches/run-storage

@@ -126,6 +126,15 @@ def machine(conn) -> str:
     return f"{os.cpu_count()} cores of {cpu}; PostgreSQL {version.split()[0]}; ONNX Runtime {onnxruntime.__version__}, one thread; checksums and fsync on."
 
 
+def report(lines: list[str], file: Path | None) -> str:
+    """Prints the figures, and writes them to a file if there is one."""
+    text = "\n".join(lines)
+    print(text)
+    if file:
+        file.write_text(text)
+    return text
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=7)
@@ -153,10 +162,7 @@ def main() -> None:
                 lines += table(f"Loading {model}, {size:.0f} MB, as a parameter", ways, size, "MB/s", [(0, 1), (0, 2)])
     finally:
         cluster.remove()
-    text = "\n".join(lines)
-    print(text)
-    if chosen.markdown:
-        chosen.markdown.write_text(text)
+    report(lines, chosen.markdown)
 
 
 if __name__ == "__main__":

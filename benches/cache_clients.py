@@ -4,7 +4,7 @@
 
 Twenty models of 20 blocks a layer share their first layer; the block cache has a third of their blocks. Each client takes a
 model at random for each prediction, and compares every value with what the model gave before. Prints predictions per second
-against clients, and what the cache counted; `--soak` then runs 64 clients for so many seconds.
+against clients, and what the cache counted, and draws the plot of docs/benchmarks.md; `--soak` then runs 64 clients for so many seconds.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import numpy as np  # noqa: E402
 import onnx  # noqa: E402
 import psycopg  # noqa: E402
 
+import plots  # noqa: E402
 from cluster import Cluster  # noqa: E402
 
 MODELS = 20
@@ -65,7 +66,8 @@ def client(info: str, seconds: float, seed: int, wanted: dict[str, list[float]],
     counts.put((done, wrong))
 
 
-def run(cluster: Cluster, clients: int, seconds: float, wanted: dict[str, list[float]]) -> None:
+def run(cluster: Cluster, clients: int, seconds: float, wanted: dict[str, list[float]]) -> str:
+    """A line of the table."""
     with cluster.connect() as conn:
         conn.execute("SELECT reset_cache_stats()")
         counts = multiprocessing.Queue()
@@ -87,16 +89,16 @@ def run(cluster: Cluster, clients: int, seconds: float, wanted: dict[str, list[f
         problems = conn.execute("SELECT * FROM tessera.check_cache()").fetchall()
         assert wrong == 0, f"{wrong} wrong predictions"
         assert problems == [] and pinned == 0, f"{pinned} pins left, {problems}"
-        print(
-            f"| {clients} | {elapsed:.0f} | {done:,} | {done / elapsed:,.0f} | {hits / (hits + misses):.3f} | {waits:,} | {fallbacks:,} |",
-            flush=True,
-        )
+        line = f"| {clients} | {elapsed:.0f} | {done:,} | {done / elapsed:,.0f} | {hits / (hits + misses):.3f} | {waits:,} | {fallbacks:,} |"
+        print(line, flush=True)
+        return line
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=10, help="for each number of clients")
     parser.add_argument("--soak", type=float, default=0, help="then 64 clients for so many seconds")
+    parser.add_argument("--plots", type=Path, default=plots.FOLDER, help="folder of the plot")
     options = parser.parse_args()
     blocks = 64 + MODELS * 16
     cluster = Cluster("cache_clients", "15", settings=(f"tessera.block_cache_size = '{blocks // 3 * 64}kB'",))
@@ -111,14 +113,14 @@ def main() -> None:
                 wanted[name] = conn.execute(PREDICT, (name,)).fetchone()[0]
             frames = conn.execute("SELECT frames FROM tessera.block_cache_stats").fetchone()[0]
         print(f"{MODELS} models of {blocks} blocks in all, {frames} frames")
-        print("| clients | seconds | predictions | per second | hit ratio | waits | fallbacks |")
-        print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-        for clients in CLIENTS:
-            run(cluster, clients, options.seconds, wanted)
+        lines = ["| clients | seconds | predictions | per second | hit ratio | waits | fallbacks |", "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+        print(*lines, sep="\n")
+        lines += [run(cluster, clients, options.seconds, wanted) for clients in CLIENTS]
         if options.soak:
             run(cluster, 64, options.soak, wanted)
     finally:
         cluster.remove()
+    plots.draw("\n".join(["## Block cache: many clients", "", *lines]), options.plots)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT / "scripts" / "models"), str(ROOT / "pg_test")]
 import numpy as np  # noqa: E402
 import onnxruntime  # noqa: E402
 
-from bench import PYTHON_ROW, PYTHON_ROWS, machine  # noqa: E402
+from bench import PYTHON_ROW, PYTHON_ROWS, machine, report  # noqa: E402
 from cluster import Cluster, Database  # noqa: E402
 from helpers import onnx_file  # noqa: E402
 from paths import MODELS  # noqa: E402
@@ -28,10 +28,14 @@ from paths import MODELS  # noqa: E402
 HEAD = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 
 
-def session(model: str) -> onnxruntime.InferenceSession:
+SERVER = ("shared_preload_libraries = 'pg_tessera'", "shared_buffers = '1GB'", "work_mem = '64MB'", "max_wal_size = '8GB'")
+
+
+def session(model: str | Path) -> onnxruntime.InferenceSession:
+    """Of a model of the zoo, or of a file; one thread."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(MODELS / f"{model}.onnx"), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(MODELS / f"{model}.onnx" if isinstance(model, str) else model), options, providers=["CPUExecutionProvider"])
 
 
 def row_type(width: int) -> np.dtype:
@@ -83,16 +87,19 @@ class Client:
         return total
 
 
-def prepare(conn, model: str, width: int, rows: int) -> str:
-    table = f"rows_{model}"
+def fill(conn, table: str, width: int, rows: int) -> None:
+    """A table of `rows` arrays; the first 5,000 are repeated."""
     values = f"(SELECT array_agg((((id * 31 + k * 17) % 256) / 256.0 - 0.5)::real ORDER BY k) FROM generate_series(1, {width}) AS k WHERE id >= 0)"
     few = min(rows, 5000)
-    conn.execute(f"CREATE TABLE few_{model} AS SELECT id, {values} AS x FROM generate_series(0, {few - 1}) AS id")
-    conn.execute(f"CREATE TABLE {table} AS SELECT id + {few} * turn AS id, x FROM few_{model}, generate_series(0, {max(rows // few, 1) - 1}) AS turn")
+    conn.execute(f"CREATE TABLE few_{table} AS SELECT id, {values} AS x FROM generate_series(0, {few - 1}) AS id")
+    conn.execute(f"CREATE TABLE {table} AS SELECT id + {few} * turn AS id, x FROM few_{table}, generate_series(0, {max(rows // few, 1) - 1}) AS turn")
     conn.execute(f"ALTER TABLE {table} SET (parallel_workers = 1)")
     conn.execute(f"VACUUM (ANALYZE) {table}")
+
+
+def prepare(conn, model: str, width: int, rows: int) -> None:
+    fill(conn, f"rows_{model}", width, rows)
     conn.execute("SELECT load_model(%s, %b)", (model, onnx_file(model)))
-    return table
 
 
 def python_shape(sql: str, shape: tuple[int, ...]) -> str:
@@ -107,10 +114,10 @@ def timed(work) -> tuple[float, float]:
     return time.perf_counter() - started, answer
 
 
-def network(model: str, shape: tuple[int, ...]) -> tuple[float, int]:
-    """Rows/s of the bare network in ONNX Runtime at its best batch size, and that size."""
+def network(model: str | Path, shape: tuple[int, ...], sizes: tuple[int, ...] = (8, 32, 128, 512, 1024, 2048)) -> tuple[float, int]:
+    """Rows/s of the bare network in ONNX Runtime at the best of these batch sizes, and that size."""
     bare, best = session(model), (0.0, 0)
-    for size in (8, 32, 128, 512, 1024, 2048):
+    for size in sizes:
         x, seconds = np.zeros((size, *shape), dtype=np.float32), []
         for _ in range(5):
             seconds.append(timed(lambda: bare.run(None, {"x": x}))[0])
@@ -194,7 +201,7 @@ def main() -> None:
     chosen = options.parse_args()
 
     os.environ["PYTHONPATH"] = os.environ["SERVER_PYTHONPATH"]  # the server inherits it
-    cluster = Cluster("queries", settings=("shared_preload_libraries = 'pg_tessera'", "shared_buffers = '1GB'", "work_mem = '64MB'", "max_wal_size = '8GB'"))
+    cluster = Cluster("queries", settings=SERVER)
     cluster.remove()
     cluster.start()
     try:
@@ -218,10 +225,7 @@ def main() -> None:
                 lines += latency(cluster, database.name, chosen.seconds, 3)
     finally:
         cluster.remove()
-    text = "\n".join(lines)
-    print(text)
-    if chosen.markdown:
-        chosen.markdown.write_text(text)
+    report(lines, chosen.markdown)
 
 
 if __name__ == "__main__":

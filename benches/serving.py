@@ -18,7 +18,8 @@ sys.path[:0] = [str(ROOT / "scripts" / "models"), str(ROOT / "pg_test")]
 import numpy as np  # noqa: E402
 
 import fleet  # noqa: E402
-from bench import machine  # noqa: E402
+import plots  # noqa: E402
+from bench import machine, report  # noqa: E402
 from cluster import Cluster, Database  # noqa: E402
 from helpers import assert_close, expected, onnx_file, to_json  # noqa: E402
 
@@ -215,6 +216,7 @@ def main() -> None:
     options.add_argument("--seconds", type=int, help="seconds of 64 clients (300); the others get a tenth, at least 3")
     options.add_argument("--python-sessions", type=int, default=32, help="sessions with ONNX Runtime; each takes some hundred MB")
     options.add_argument("--markdown", type=Path, help="writes the figures to this file too")
+    options.add_argument("--plots", type=Path, default=plots.FOLDER, help="folder of the plot of throughput against clients")
     chosen = options.parse_args()
     chosen.rounds = chosen.rounds or (3 if chosen.short else 11)
     chosen.seconds = chosen.seconds or (20 if chosen.short else 300)
@@ -222,10 +224,8 @@ def main() -> None:
     lines = [] if chosen.only == "clients" else beside_python(chosen)
     if chosen.only in (None, "clients"):
         lines += clients(chosen)
-    text = "\n".join(lines)
-    print(text)
-    if chosen.markdown:
-        chosen.markdown.write_text(text)
+    text = report(lines, chosen.markdown)
+    plots.draw(text, chosen.plots)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from generate import dense_net, dense_weights
+from generate import dense_net, dense_weights, save
+from onnx import helper
 
 from batch_models import NODE
 from helpers import Background, cancelled_after, explained, timed_out_after
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.newer
 
 ROWS = 1_000_000 if os.environ.get("TESSERA_FULL") else 20_000
 WIDTH = 1000
-MODELS = {"narrow": [WIDTH, 8, 2], "wide": [WIDTH, 8, WIDTH], "widest": [4, 8, 10_000], "slow": [4, 2048, 2048, 2]}
+MODELS = {"narrow": [WIDTH, 8, 2], "wide": [WIDTH, 8, WIDTH], "widest": [4, 8, 10_000], "slow": [4, 2048, 2048, 2], "quick": [4, 8, 2]}
 # Beyond tessera.batch_memory: half of it for what buffers have in reserve and the C library keeps between runs; some MB for a row
 # in the making and the first blocks of PostgreSQL's memory contexts.
 ALLOWANCE, ALLOWANCE_KB = 1.5, 3_000
@@ -34,8 +35,11 @@ QUERIES = {
     "wide rows beside them": f"SELECT count((predict('narrow', x))[1]), max(x) FROM {SOURCE}",
     "two calls, one of the other": f"SELECT count((predict('narrow', predict('wide', x)))[1]), max(x) FROM {SOURCE}",
     "conditions": f"SELECT max(x), max((predict('wide', x))[7]) FROM {SOURCE} WHERE (predict('narrow', x))[1] > -1e30 AND (predict('wide', x))[2] > -1e30",
+    "rows that get wider": "SELECT count((predict('any', array_fill(i::real, ARRAY[CASE WHEN i < {rows} / 2 THEN 10 ELSE 20000 END])))[1])"
+                           " FROM (SELECT generate_series(1, {rows} / 10 + {rows} / 2) AS i) AS s",
     "outputs much wider than inputs": "SELECT count((predict('widest', ARRAY[i, 1, 2, 3]::real[]))[1]) FROM (SELECT generate_series(1, {rows} / 5) AS i) AS s",
 }
+FEW = "(SELECT generate_series(1, 100) AS i OFFSET 0) AS s"
 SETTINGS = [(65_536, "1MB"), (65_536, "16MB"), (1024, "4MB"), (65_536, "48MB")]
 
 
@@ -45,6 +49,9 @@ def models(db):
         for name, sizes in MODELS.items():
             model = dense_net(Path(folder), name, sizes, dense_weights(len(name), sizes, transposed=False), softmax=False)
             conn.execute("SELECT load_model(%s, %b)", (name, model.SerializeToString()))
+        nodes = [helper.make_node("Tanh", ["x"], ["t"], "tanh"), helper.make_node("Relu", ["t"], ["y"], "relu")]
+        model = save(Path(folder), "any", nodes, {"x": ["batch", "n"]}, {"y": ["batch", "n"]}, {})
+        conn.execute("SELECT load_model('any', %b)", (model.SerializeToString(),))
 
 
 class Watch:
@@ -86,6 +93,33 @@ def test_memory_of_wide_rows(db, kind, size, memory):
         limit, = conn.execute("SELECT pg_size_bytes(%s) / 1024", (memory,)).fetchone()
         print(f"{kind}, {size}, {memory}: {watch.peak - watch.first:,} kB above {watch.first:,}, {(watch.peak - watch.first) / limit:.2f} times the setting")
         assert watch.peak - watch.first <= ALLOWANCE * limit + ALLOWANCE_KB
+
+
+# Queries that fail when some rows have been gathered: where the plan below fails, an argument, the model, what comes after.
+FAILING = {
+    "the plan below": f"SELECT predict('quick', ARRAY[i, 1, 2, 3]::real[]) FROM {FEW} WHERE 1 / (60 - i) > -9",
+    "an argument": f"SELECT predict('quick', ARRAY[i, 1, 2, 1 / (60 - i)]::real[]) FROM {FEW}",
+    "an argument of a later call": f"SELECT predict('quick', ARRAY[i, 1, 2, 1 / (60 - i)]::real[]) FROM {FEW} WHERE (predict('quick', ARRAY[i, 1, 2, 3]::real[]))[1] > -1e30",
+    "an argument around a call": f"SELECT predict('quick', ARRAY[(predict('quick', ARRAY[i, 1, 2, 3]::real[]))[1], 1, 2, 1 / (60 - i)]::real[]) FROM {FEW}",
+    "a condition between calls": f"SELECT predict('quick', ARRAY[i, 1, 2, 3]::real[]) FROM {FEW} WHERE (predict('quick', ARRAY[i, 1, 2, 4]::real[]))[1] / (60 - i) IS NOT NULL",
+    "an array of another length": f"SELECT predict('quick', (ARRAY[i, 1, 2, 3])[1:CASE i WHEN 60 THEN 3 ELSE 4 END]::real[]) FROM {FEW}",
+    "what comes after": f"SELECT 1 / (60 - i), predict('quick', ARRAY[i, 1, 2, 3]::real[]) FROM {FEW}",
+}
+
+
+@pytest.mark.parametrize("kind", FAILING)
+def test_failing_queries_keep_nothing(db, kind):
+    """Neither PostgreSQL's memory nor that of the C library grows with failures."""
+    with db.connect() as conn:
+        assert NODE in explained(conn, FAILING[kind])
+        conn.execute("CREATE OR REPLACE FUNCTION pg_temp.failing(n int) RETURNS int LANGUAGE plpgsql AS $$ DECLARE failed int := 0; BEGIN FOR turn IN 1..n LOOP"
+                     f" BEGIN PERFORM * FROM ({FAILING[kind]}) AS s; EXCEPTION WHEN division_by_zero OR invalid_parameter_value THEN failed := failed + 1; END;"
+                     " END LOOP; RETURN failed; END $$")
+        assert conn.execute("SELECT pg_temp.failing(500)").fetchone() == (500,)
+        before = Watch(conn.info.backend_pid).now()
+        assert conn.execute("SELECT pg_temp.failing(3000)").fetchone() == (3000,)
+        grown = Watch(conn.info.backend_pid).now() - before
+        assert grown < 300, f"{grown} kB for 3,000 failures"
 
 
 SLOW = "predict('slow', ARRAY[i, 1, 2, 3]::real[])"

@@ -38,6 +38,22 @@ SHAPES = {
 }
 
 
+# Over rows in the order in which they lie: what a LIMIT leaves out is told by what it takes.
+LIMITS = [
+    "SELECT id, predict('m', x) FROM t LIMIT 7 OFFSET 3", f"SELECT id FROM t WHERE {SCORE} > 0 LIMIT 20", f"SELECT id FROM t WHERE {SCORE} > 0 LIMIT 5 OFFSET 60",
+    "SELECT id, predict('m', x) FROM t LIMIT 0", "SELECT id, predict('m', x) FROM t LIMIT NULL OFFSET 290", "SELECT id, predict('m', x) FROM t OFFSET 290",
+    "SELECT id, predict('m', x) FROM t LIMIT (SELECT 3) OFFSET (SELECT 1)", "SELECT id, predict('m', x) FROM t LIMIT 10000000000",
+    f"SELECT * FROM (SELECT id, {SCORE} AS p FROM t LIMIT 30) AS s WHERE p > 0", f"SELECT * FROM (SELECT id, {SCORE} AS p FROM t OFFSET 0) AS s WHERE p > 0 LIMIT 30",
+    "SELECT id, predict('m', x) FROM t WHERE g = 1 UNION ALL SELECT id, predict('m2', w) FROM u LIMIT 60",
+    f"(SELECT id, {SCORE} FROM t LIMIT 3) UNION ALL (SELECT id, {SCORE} FROM t LIMIT 4) LIMIT 6",
+    "SELECT u.id, l.id, p FROM u, LATERAL (SELECT id, predict('m', x) AS p FROM t WHERE t.id > u.k LIMIT 2) AS l WHERE u.id < 40",
+    "SELECT u.id, l.id, p FROM u, LATERAL (SELECT id, predict('m', x) AS p FROM t WHERE t.id > u.k LIMIT u.id % 4 OFFSET u.id % 3) AS l WHERE u.id < 40",
+    "SELECT u.id, (SELECT max(p[1]) FROM (SELECT predict('m', x) AS p FROM t WHERE t.g = u.id % 7 LIMIT 5) AS s) FROM u WHERE id < 30",
+    "SELECT id, g, predict('m', x) FROM (SELECT * FROM t ORDER BY id) AS s ORDER BY id FETCH FIRST 5 ROWS WITH TIES",
+    f"SELECT id, unnest(predict('m', x)) FROM t LIMIT 9", "SELECT id, predict('m', x) FROM parted LIMIT 150",
+]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def tables(db):
     with db.connect() as conn:
@@ -49,6 +65,21 @@ def test_shape(conn, shape):
     assert NODE in explained(conn, SHAPES[shape])
     (rows,) = assert_same(conn, SHAPES[shape])
     assert rows, "no row to compare"
+
+
+@pytest.mark.parametrize("query", LIMITS)
+def test_limit(conn, query):
+    assert_same(conn, query)
+    assert_same(conn, "BEGIN", f"DECLARE c SCROLL CURSOR FOR {query}", "FETCH 4 c", "FETCH BACKWARD 2 c", "FETCH ALL c", "FETCH BACKWARD 3 c", "ROLLBACK")
+
+
+def test_limit_of_a_parameter(conn):
+    """A generic plan bounds its batches by the value of each execution."""
+    conn.execute("SET plan_cache_mode = force_generic_plan")
+    conn.execute("PREPARE part(bigint, bigint) AS SELECT id, predict('m', x) FROM t LIMIT $1 OFFSET $2")
+    found = assert_same(conn, *(f"EXECUTE part({ends})" for ends in ("5, 0", "300, 100", "NULL, NULL", "2, NULL", "NULL, 295", "0, 0", "9223372036854775807, 299")))
+    assert [len(rows) for rows in found] == [5, 200, 300, 2, 5, 0, 1]
+    assert_same(conn, "EXECUTE part(-1, 0)", "EXECUTE part(1, -1)", errors=True)
 
 
 @pytest.mark.parametrize("off", ["hashjoin, nestloop, material", "hashjoin, mergejoin", "nestloop, mergejoin", "hashagg", "sort"])

@@ -158,6 +158,25 @@ def test_functions_that_keep_plans(conn):
     assert len(found[0]) > 60 and found[2]
 
 
+def test_queries_within_commands(conn):
+    """COPY of a query, materialized views and their refresh, temporary tables, VALUES."""
+    query = f"SELECT id, predict('m', x) AS p, {SCORE} AS s FROM t WHERE {SCORE} > -0.1"
+
+    def copied() -> bytes:
+        with conn.cursor().copy(f"COPY ({query}) TO STDOUT") as out:
+            return b"".join(bytes(piece) for piece in out)
+
+    conn.execute("SET tessera.enable_batching = off")
+    alone = copied()
+    conn.execute("RESET tessera.enable_batching")
+    assert copied() == alone and alone.count(b"\n") > 100
+    found = assert_same(conn, "BEGIN", f"CREATE MATERIALIZED VIEW kept AS {query} ORDER BY id", "SELECT * FROM kept", "UPDATE t SET x = x || 1::real WHERE false",
+                        "UPDATE t SET x = ARRAY[g, a, 1] WHERE id < 50", "REFRESH MATERIALIZED VIEW kept", "SELECT * FROM kept",
+                        f"CREATE TEMP TABLE taken AS {query} WITH DATA", "SELECT * FROM taken", f"SELECT id, predict('m', x) INTO TEMP more FROM t WHERE {SCORE} > 0",
+                        "SELECT * FROM more", "ROLLBACK")
+    assert found[2] != found[6] and found[6] and found[8] and found[10]
+
+
 @pytest.mark.parametrize("lock", ["", "FOR UPDATE SKIP LOCKED", "FOR UPDATE"])
 def test_rows_that_another_session_changes(db, conn, lock):
     """A row whose change is waited for is predicted anew, as it is then."""

@@ -185,6 +185,11 @@ impl Scan {
                     return;
                 }
                 bytes = bytes.saturating_add(self.keep()).saturating_add(computed);
+                if self.rows.len() == 1 && self.calls.iter().any(CallState::is_wider) {
+                    // What such rows take is known after one of them.
+                    self.size = 1;
+                    return;
+                }
             }
         }
     }

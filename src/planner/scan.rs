@@ -364,6 +364,11 @@ impl CallState {
         self.places.clear();
     }
 
+    /// True if what is gathered is wider than what was predicted before.
+    pub(super) fn is_wider(&self) -> bool {
+        self.input_bytes > 0 && self.rows.rows() > 0 && self.rows.bytes() / self.rows.rows() > self.input_bytes
+    }
+
     /// Bytes of a row that are held until the batch has been handed on, beyond those that are counted when it is fetched.
     pub(super) fn held_bytes(&self) -> usize {
         let input = if self.layout.early { 0 } else { self.input_bytes };
