@@ -110,10 +110,15 @@ fn trim() {
     if own < TRIMMED.get() + KEPT {
         return;
     }
+    give_back();
+    TRIMMED.set(own_bytes().unwrap_or(own));
+}
+
+/// Gives memory that was freed back to the operating system.
+pub fn give_back() {
     #[cfg(target_env = "gnu")]
     // SAFETY: a plain call, which locks what it works on.
     unsafe {
         libc::malloc_trim(0)
     };
-    TRIMMED.set(own_bytes().unwrap_or(own));
 }

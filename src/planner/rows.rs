@@ -4,11 +4,14 @@ use super::batch::{InUse, raise_if_cancelled};
 use super::calls::Elements;
 use super::scan::{CallState, Row, Scan};
 use crate::pg::progress::{Activity, Work};
-use crate::pg::{array, exec};
+use crate::pg::{array, exec, memory};
 use crate::serving::settings;
 use inference::array::RowBuffer;
 use inference::error::ErrorKind;
 use pgrx::pg_sys;
+
+/// Bytes of a batch of which nothing is given back before the next.
+const LITTLE: usize = 256 << 10;
 
 /// What became of an input.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -86,6 +89,7 @@ impl Scan {
             let context = (*node).ss.ps.ps_ExprContext;
             let child = (*node).ss.ps.lefttree;
             exec::reset(self.batch_context);
+            self.give_back();
             if self.held.is_null() {
                 let slot = exec::next_row(child);
                 if exec::is_empty(slot) {
@@ -114,6 +118,16 @@ impl Scan {
             }
             self.done.largest = self.done.largest.max(self.rows.len() as u64);
         }
+    }
+
+    /// While batches grow, what a smaller one took is given back before a larger one is fetched: the C library keeps it in
+    /// pieces in which the larger one's values find no room. Batches of the same size use it again.
+    fn give_back(&mut self) {
+        if self.fetched_bytes > self.largest_bytes.max(LITTLE) {
+            self.largest_bytes = self.fetched_bytes;
+            memory::give_back();
+        }
+        self.fetched_bytes = 0;
     }
 
     /// How many rows are asked for at most, by a LIMIT; at least one.
@@ -185,10 +199,15 @@ impl Scan {
                     return;
                 }
                 bytes = bytes.saturating_add(self.keep()).saturating_add(computed);
-                if self.rows.len() == 1 && self.calls.iter().any(CallState::is_wider) {
-                    // What such rows take is known after one of them.
-                    self.size = 1;
-                    return;
+                self.fetched_bytes = bytes;
+                if self.rows.len() == 1 {
+                    if self.calls.iter().any(CallState::is_wider) {
+                        // What such rows take is known after one of them.
+                        self.size = 1;
+                        return;
+                    }
+                    let expected = wanted.min(limit / (bytes - computed).max(1));
+                    self.calls.iter_mut().filter(|call| call.layout.early).for_each(|call| call.rows.reserve(expected));
                 }
             }
         }

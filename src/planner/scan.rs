@@ -125,6 +125,9 @@ pub struct Scan {
     pub(super) size: usize,
     /// The most rows of a batch since a run took too much memory.
     pub(super) within: usize,
+    /// Bytes of the last batch, as they were counted when it was fetched, and of the largest before it.
+    pub(super) fetched_bytes: usize,
+    pub(super) largest_bytes: usize,
     /// The child's slot if its row is not in a batch yet, else null.
     pub(super) held: *mut pg_sys::TupleTableSlot,
     pub(super) ended: bool,
@@ -193,6 +196,8 @@ unsafe extern "C-unwind" fn begin(node: *mut pg_sys::CustomScanState, estate: *m
             at: 0,
             size: 1,
             within: usize::MAX,
+            fetched_bytes: 0,
+            largest_bytes: 0,
             held: std::ptr::null_mut(),
             ended: false,
             done: Done::default(),

@@ -121,11 +121,13 @@ pub fn batch_size() -> usize {
     BATCH_SIZE.get() as usize
 }
 
-/// Bytes that a batch and its run may take.
+/// Bytes that a batch and its run may be counted for: a quarter of the setting is left for what the C library keeps between
+/// their values.
 pub fn batch_bytes() -> usize {
-    match BATCH_MEMORY.get() {
+    let setting = match BATCH_MEMORY.get() {
         // SAFETY: a setting of PostgreSQL, in kB.
         -1 => 1024 * unsafe { pgrx::pg_sys::work_mem } as usize,
         kilobytes => kilobytes as usize * 1024,
-    }
+    };
+    setting / 4 * 3
 }

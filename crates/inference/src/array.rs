@@ -179,6 +179,13 @@ impl RowBuffer {
         self.raw.clear();
     }
 
+    /// Makes room for as many rows in all, of the width of those that are there, and for no more: memory that is not
+    /// written to is not in use yet.
+    pub fn reserve(&mut self, rows: usize) {
+        let row = self.raw.len() / self.rows.max(1);
+        self.raw.reserve_exact(row.saturating_mul(rows.saturating_sub(self.rows)));
+    }
+
     /// Forgets the last row.
     pub fn pop(&mut self) {
         let row = self.raw.len() / self.rows.max(1);
