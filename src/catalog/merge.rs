@@ -3,9 +3,10 @@
 //! Invariants: the rows of the new version refer to blocks that are in the store already, so nothing is stored but rows;
 //! what it does not replace is the old version's, row by row; all of it is undone with the caller's transaction.
 
-use super::blocks::{BlockRef, OpenWeights};
+use super::blocks::{BlockRef, OpenWeights, read_block};
+use super::content::ContentHash;
 use super::names::ModelSpec;
-use super::read::{VersionRow, damaged};
+use super::read::{VersionRow, damaged, read_tensor, tensors};
 use super::write::{COPY_TENSOR_ROWS, as_owner, block_type_oid, find_owned, lock_name, lock_object};
 use crate::pg::{error, fmgr, interrupt, progress};
 use pgrx::datum::DatumWithOid;
@@ -25,6 +26,29 @@ pub struct Merge {
     pub number: u32,
     /// The block that takes its place: of the same dtype and shape.
     pub to: BlockRef,
+}
+
+/// The content hash of a version like `base` but for `merges`.
+pub fn merged_content(base: &VersionRow, merges: &[Merge]) -> [u8; 32] {
+    let weights = OpenWeights::open();
+    let mut hash = ContentHash::new(&base.graph_hash);
+    let (mut whole, mut block) = (Vec::new(), Vec::new());
+    for (ordinal, tensor) in (0..).zip(tensors(base.id)) {
+        let tiling = tensor.tiling();
+        whole.clear();
+        read_tensor(&tensor, &mut whole);
+        for merge in merges.iter().filter(|merge| merge.ordinal == ordinal) {
+            interrupt::check();
+            block.clear();
+            block.resize(tiling.tile_bytes(merge.tile), 0);
+            if read_block(&weights, &tensor, merge.tile, &merge.to, &mut block).is_err() {
+                damaged("a block is not in the block store");
+            }
+            tiling.scatter(merge.tile, &block, &mut whole).unwrap_or_else(|e| damaged(&e.to_string()));
+        }
+        hash.add(&whole);
+    }
+    hash.finish()
 }
 
 /// Stores a version like `base` but for `merges`, under this content hash, and makes it the active one. Returns its number.
@@ -117,20 +141,16 @@ fn copy_others(client: &mut SpiClient<'_>, from: i64, to: i64, merges: &[Merge])
 
 /// `tessera.tensor.id` of a version's tensors, by ordinal.
 fn tensor_ids(client: &mut SpiClient<'_>, version: i64) -> Result<Vec<i64>, SpiError> {
-    let rows =
-        client.update("SELECT id FROM tessera.tensor WHERE model_version = $1 ORDER BY ordinal", None, &[
-            version.into()
-        ])?;
+    let rows = client.update(
+        "SELECT id FROM tessera.tensor WHERE model_version = $1 ORDER BY ordinal",
+        None,
+        &[version.into()],
+    )?;
     rows.map(|row| row.get::<i64>(1).map(Option::unwrap_or_default)).collect()
 }
 
 /// Inserts the rows of the replaced blocks, which refer to the blocks that take their place.
-fn place(
-    client: &mut SpiClient<'_>,
-    weights: &OpenWeights,
-    tensors: &[i64],
-    merges: &[Merge],
-) -> Result<(), SpiError> {
+fn place(client: &mut SpiClient<'_>, weights: &OpenWeights, tensors: &[i64], merges: &[Merge]) -> Result<(), SpiError> {
     let block_type = block_type_oid();
     let types = [pg_sys::INT8OID, pg_sys::INT4OID, pg_sys::INT4OID, block_type].map(PgOid::from);
     let insert = client.prepare_mut(

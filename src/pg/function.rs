@@ -1,6 +1,6 @@
 //! Functions of users: found by name, called with the caller's rights.
 
-use super::query::type_name;
+use super::value::type_name;
 use super::{error, memory};
 use pgrx::pg_sys::{self, Datum};
 use pgrx::prelude::*;
@@ -42,7 +42,8 @@ impl Function {
             let (mut types, mut count) = (std::ptr::null_mut(), 0);
             let result = pg_sys::get_func_signature(oid, &mut types, &mut count);
             let types = if count > 0 { std::slice::from_raw_parts(types, count as usize) } else { &[] };
-            let plain = pg_sys::get_func_prokind(oid) as u8 == pg_sys::PROKIND_FUNCTION && !pg_sys::get_func_retset(oid);
+            let plain =
+                pg_sys::get_func_prokind(oid) as u8 == pg_sys::PROKIND_FUNCTION && !pg_sys::get_func_retset(oid);
             let name = CStr::from_ptr(pg_sys::format_procedure(oid)).to_string_lossy().into_owned();
             (name, plain && types == arguments && result == pg_sys::FLOAT8OID)
         };
@@ -71,7 +72,7 @@ impl Function {
                 size_of::<pg_sys::FunctionCallInfoBaseData>() + arguments.len() * size_of::<pg_sys::NullableDatum>();
             let call = pg_sys::MemoryContextAllocZero(home, bytes).cast::<pg_sys::FunctionCallInfoBaseData>();
             (*call).flinfo = lookup;
-            (*call).fncollation = pg_sys::Oid::from_u32(pg_sys::DEFAULT_COLLATION_OID);
+            (*call).fncollation = pg_sys::DEFAULT_COLLATION_OID;
             (*call).nargs = arguments.len() as i16;
             (call, memory::new_context(home, c"pg_tessera function call"))
         };

@@ -28,6 +28,7 @@ pub mod temp_file;
 pub mod toast_index;
 pub mod tuple;
 pub mod vacuum;
+pub mod value;
 pub mod varlena;
 pub mod wait;
 pub mod wal;

@@ -25,12 +25,7 @@ const PIECE: usize = 1 << 20;
 ///
 /// Errors: whatever the query raises; `syntax_error` if it is no single SELECT, `read_only_sql_transaction` if it writes or
 /// locks rows.
-pub fn select(
-    sql: &str,
-    what: &str,
-    begin: impl FnOnce(&[Column]),
-    mut row: impl FnMut(&[Option<Datum>]) -> usize,
-) {
+pub fn select(sql: &str, what: &str, begin: impl FnOnce(&[Column]), mut row: impl FnMut(&[Option<Datum>]) -> usize) {
     let Ok(text) = CString::new(sql) else { not_a_select(what) };
     // SAFETY: SPI as its documentation asks for; an ERROR on the way ends the connection, the cursor and the contexts with
     // the (sub)transaction. `XactReadOnly` is backend state that transaction and subtransaction abort restore.
@@ -131,10 +126,4 @@ unsafe fn values(tuple: pg_sys::HeapTuple, desc: pg_sys::TupleDesc) -> Vec<Optio
             })
             .collect()
     }
-}
-
-/// A type's name as SQL writes it.
-pub fn type_name(oid: pg_sys::Oid) -> String {
-    // SAFETY: a syscache look-up; the string is palloc'd.
-    unsafe { CStr::from_ptr(pg_sys::format_type_be(oid)).to_string_lossy().into_owned() }
 }

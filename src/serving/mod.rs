@@ -4,7 +4,4 @@ mod models;
 pub mod settings;
 mod source;
 
-pub use models::{
-    Model, compile, model_as_declared, model_of, on_trial, remember, run, run_trial, try_run,
-};
-pub use source::Replaced;
+pub use models::{Model, compile, model_as_declared, model_of, on_trial, remember, run, run_trial, try_run};

@@ -10,9 +10,8 @@
 
 use crate::catalog::{self, BlockRef, Merge, OpenWeights, TensorRow, VersionRow};
 use crate::pg::progress::{self, Field};
-use crate::pg::{error, interrupt};
+use crate::pg::{error, interrupt, memory};
 use inference::plan::Plan;
-use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::collections::{HashMap, HashSet};
 use tensor_blocks::near::{Importance, NearIndex, NearOptions, Signature, elements_f32, importance, share_within};
@@ -145,8 +144,7 @@ fn index(
     how: Importance,
 ) -> (HashMap<Kind, NearIndex>, Vec<Own>) {
     progress::set(Field::AllBlocks, targets.len() as i64);
-    // SAFETY: a setting of PostgreSQL, in kB.
-    let limit = unsafe { pg_sys::maintenance_work_mem } as usize * 1024;
+    let limit = memory::of_maintenance();
     let (mut indexes, mut own) = (HashMap::new(), Vec::new());
     let mut reader = Reader::default();
     for (at, target) in targets.iter().enumerate() {
@@ -168,7 +166,7 @@ fn index(
         progress::add(Field::Blocks, 1);
         if at % LOOK == 0 {
             let signatures = own.len() * (size_of::<Own>() + 4 * options.bands as usize);
-            let held = targets.len() * size_of::<Target>() + signatures;
+            let held = size_of_val(targets) + signatures;
             let held = held + indexes.values().map(NearIndex::memory_bytes).sum::<usize>();
             if held > limit {
                 error::raise(

@@ -1,8 +1,9 @@
 //! How well predictions agree with labels.
 
-use super::rows::{Home, Label, LabelKind, is_array, is_number};
+use super::rows::{Label, LabelKind};
 use crate::pg::function::Function;
-use crate::pg::query::{Column, type_name};
+use crate::pg::query::Column;
+use crate::pg::value::{is_array, is_number, type_name};
 use crate::pg::{array, error};
 use inference::signature::PortType;
 use pgrx::pg_sys::{self, Datum};
@@ -24,10 +25,10 @@ pub enum Metric {
 }
 
 impl Metric {
-    /// The metric of this name for labels of a column.
+    /// The metric of this name for labels of a column. A function lives as long as the memory context `home`.
     ///
     /// Errors: labels of another type than it compares with; those of [`Function::returning_double`].
-    pub fn of(text: &str, label: &Column, home: &Home) -> Metric {
+    pub fn of(text: &str, label: &Column, home: pg_sys::MemoryContext) -> Metric {
         let number = is_number(label.type_oid);
         let (metric, fits, takes) = match text {
             "accuracy" => (Metric::Accuracy, number, "a number: the class, counted from 0"),
@@ -35,7 +36,7 @@ impl Metric {
             "cosine" => (Metric::Cosine, is_array(label.type_oid), "an array of numbers"),
             _ => {
                 let types = [pg_sys::FLOAT4ARRAYOID, label.type_oid];
-                return Metric::Function(Function::returning_double(text, &types, home.context(), CHOICE));
+                return Metric::Function(Function::returning_double(text, &types, home, CHOICE));
             }
         };
         if !fits {
@@ -78,11 +79,6 @@ impl Metric {
                 unreachable!("labels are read as the metric wants them")
             }
         }
-    }
-
-    /// True if a value that is no number is an error wherever it comes up, and not a reason to refuse a trial.
-    pub fn is_function(&self) -> bool {
-        matches!(self, Metric::Function(_))
     }
 }
 

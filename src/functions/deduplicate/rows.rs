@@ -4,8 +4,9 @@
 //! maintenance_work_mem.
 
 use super::metric::Metric;
-use crate::pg::query::{self, Column, type_name};
-use crate::pg::{array, error, memory};
+use crate::pg::query::{self, Column};
+use crate::pg::value::type_name;
+use crate::pg::{array, error, memory, value};
 use inference::array::{RowBuffer, from_rows};
 use inference::error::ModelError;
 use inference::signature::Port;
@@ -77,48 +78,13 @@ pub struct Rows {
     value_bytes: usize,
 }
 
-/// Where labels that are no numbers are kept, and what is called with them. It goes with the call of the SQL function.
-pub struct Home {
-    context: pg_sys::MemoryContext,
-}
-
-impl Home {
-    /// In the current memory context, which is the call's.
-    pub fn new() -> Home {
-        // SAFETY: the current memory context is one.
-        Home { context: unsafe { memory::new_context(pg_sys::CurrentMemoryContext, c"pg_tessera validation rows") } }
-    }
-
-    /// The memory context.
-    pub fn context(&self) -> pg_sys::MemoryContext {
-        self.context
-    }
-
-    /// A copy of a value of a type.
-    fn keep(&self, value: Datum, type_oid: pg_sys::Oid) -> (Datum, usize) {
-        // SAFETY: the value has this type; a varlena is detoasted into the home.
-        unsafe {
-            let (mut len, mut by_value) = (0i16, false);
-            pg_sys::get_typlenbyval(type_oid, &mut len, &mut by_value);
-            let caller = pg_sys::MemoryContextSwitchTo(self.context);
-            let kept = if len == -1 {
-                let plain = pg_sys::pg_detoast_datum_copy(value.cast_mut_ptr());
-                (Datum::from(plain), pgrx::varsize_any(plain))
-            } else {
-                (pg_sys::datumCopy(value, by_value, i32::from(len)), 0)
-            };
-            pg_sys::MemoryContextSwitchTo(caller);
-            kept
-        }
-    }
-}
-
 impl Rows {
-    /// Reads the rows of the query. `bind` makes a metric of the type of the labels.
+    /// Reads the rows of the query. `bind` makes a metric of the type of the labels, which are kept in the memory context `home`
+    /// if they are no numbers.
     ///
     /// Errors: those of the query; columns that are not features and a label, NULLs, fewer than two rows, or more than fit
     /// in maintenance_work_mem.
-    pub fn read(sql: &str, home: &Home, bind: impl FnOnce(&Column) -> Metric) -> (Rows, Metric) {
+    pub fn read(sql: &str, home: pg_sys::MemoryContext, bind: impl FnOnce(&Column) -> Metric) -> (Rows, Metric) {
         let mut rows = Rows {
             elements: Elements::Real,
             features: Vec::new(),
@@ -128,8 +94,7 @@ impl Rows {
             values: Vec::new(),
             value_bytes: 0,
         };
-        // SAFETY: a setting of PostgreSQL, in kB.
-        let limit = unsafe { pg_sys::maintenance_work_mem } as usize * 1024;
+        let limit = memory::of_maintenance();
         let mut metric = None;
         let label = std::cell::Cell::new((pg_sys::InvalidOid, LabelKind::Value));
         let elements = std::cell::Cell::new(Elements::Real);
@@ -210,8 +175,8 @@ impl Rows {
                 array::with_elements::<i64, _>(value, |d, v| self.extend(row, d, v, |v| v.to_ne_bytes()));
             }
             Elements::Other => {
-                let doubles = array::parse_f64(&text(value, pg_sys::NUMERICARRAYOID));
                 // An array says its element type itself.
+                let doubles = array::parse_f64(&value::text(value, pg_sys::NUMERICARRAYOID));
                 array::with_elements::<f64, _>(doubles, |d, v| self.extend(row, d, v, |v| v.to_ne_bytes()));
             }
         }
@@ -232,16 +197,21 @@ impl Rows {
     }
 
     /// Returns the bytes that were added.
-    fn push_label(&mut self, value: Datum, (type_oid, kind): (pg_sys::Oid, LabelKind), home: &Home) -> usize {
+    fn push_label(
+        &mut self,
+        value: Datum,
+        (type_oid, kind): (pg_sys::Oid, LabelKind),
+        home: pg_sys::MemoryContext,
+    ) -> usize {
         let before = self.numbers.len();
         match kind {
             LabelKind::Value => {
-                let (value, bytes) = home.keep(value, type_oid);
+                let (value, bytes) = value::keep(value, type_oid, home);
                 self.values.push(value);
                 self.value_bytes += bytes;
                 return bytes;
             }
-            LabelKind::Numbers => with_numbers(value, type_oid, |values| self.numbers.extend(values)),
+            LabelKind::Numbers => value::numbers(value, type_oid, |values| self.numbers.extend(values)),
         }
         self.number_ends.push(self.numbers.len());
         8 * (self.numbers.len() - before)
@@ -302,68 +272,5 @@ impl Rows {
         let mut reason = reason.unwrap_or_else(|| ModelError::invalid_input("rows of a batch differ in their width"));
         reason.message = format!("row {} of the {WHAT} query does not fit the model: {}", row + 1, reason.message);
         error::raise_model(reason)
-    }
-}
-
-/// True for the arrays of numbers that a label may be.
-pub fn is_array(type_oid: pg_sys::Oid) -> bool {
-    matches!(
-        type_oid,
-        pg_sys::FLOAT4ARRAYOID
-            | pg_sys::FLOAT8ARRAYOID
-            | pg_sys::INT2ARRAYOID
-            | pg_sys::INT4ARRAYOID
-            | pg_sys::INT8ARRAYOID
-            | pg_sys::NUMERICARRAYOID
-    )
-}
-
-/// True for the numbers that a label may be; a boolean is 0 or 1.
-pub fn is_number(type_oid: pg_sys::Oid) -> bool {
-    matches!(
-        type_oid,
-        pg_sys::BOOLOID
-            | pg_sys::FLOAT4OID
-            | pg_sys::FLOAT8OID
-            | pg_sys::INT2OID
-            | pg_sys::INT4OID
-            | pg_sys::INT8OID
-            | pg_sys::NUMERICOID
-    )
-}
-
-/// Gives a label that is a number, or an array of them, as numbers.
-fn with_numbers(value: Datum, type_oid: pg_sys::Oid, give: impl FnOnce(&mut dyn Iterator<Item = f64>)) {
-    let one = |number: Option<f64>| give(&mut number.into_iter());
-    // SAFETY: the value has this type.
-    unsafe {
-        match type_oid {
-            pg_sys::BOOLOID => one(bool::from_datum(value, false).map(f64::from)),
-            pg_sys::FLOAT4OID => one(f32::from_datum(value, false).map(f64::from)),
-            pg_sys::FLOAT8OID => one(f64::from_datum(value, false)),
-            pg_sys::INT2OID => one(i16::from_datum(value, false).map(f64::from)),
-            pg_sys::INT4OID => one(i32::from_datum(value, false).map(f64::from)),
-            pg_sys::INT8OID => one(i64::from_datum(value, false).map(|number| number as f64)),
-            pg_sys::FLOAT4ARRAYOID => {
-                array::with_elements::<f32, _>(value, |_, v| give(&mut v.iter().copied().map(f64::from)));
-            }
-            pg_sys::FLOAT8ARRAYOID => array::with_elements::<f64, _>(value, |_, v| give(&mut v.iter().copied())),
-            other => {
-                let text = text(value, other);
-                let literal = if is_array(other) { text } else { format!("{{{text}}}") };
-                array::with_elements::<f64, _>(array::parse_f64(&literal), |_, v| give(&mut v.iter().copied()));
-            }
-        }
-    }
-}
-
-/// The text form of a value of a type.
-fn text(value: Datum, type_oid: pg_sys::Oid) -> String {
-    // SAFETY: the type's own output function; the string is palloc'd.
-    unsafe {
-        let (mut output, mut varlena) = (pg_sys::InvalidOid, false);
-        pg_sys::getTypeOutputInfo(type_oid, &mut output, &mut varlena);
-        let text = pg_sys::OidOutputFunctionCall(output, value);
-        std::ffi::CStr::from_ptr(text).to_string_lossy().into_owned()
     }
 }
