@@ -32,13 +32,17 @@ class Task:
         centres = self.random.normal(0, 1, (CLASSES, INPUTS))
         self.labels = self.random.integers(0, CLASSES, ROWS)
         self.x = (centres[self.labels] + self.random.normal(0, 1.5, (ROWS, INPUTS))).astype(np.float32)
+        # Some are wrong, so that no model is always right.
+        wrong = self.random.random(ROWS) < 0.1
+        self.labels = np.where(wrong, self.random.integers(0, CLASSES, ROWS), self.labels)
         self.first = self.random.normal(0, 0.1, (INPUTS, HIDDEN)).astype(np.float32)
 
-    def second(self, first: np.ndarray) -> np.ndarray:
-        """The last layer for this first one."""
-        hidden = np.maximum(self.x @ first, 0).astype(np.float64)
+    def second(self, first: np.ndarray, units: slice = slice(None)) -> np.ndarray:
+        """The last layer for this first one, of which it looks at these units."""
+        hidden = np.zeros((ROWS, HIDDEN))
+        hidden[:, units] = np.maximum(self.x @ first, 0)[:, units]
         wanted = np.eye(CLASSES)[self.labels]
-        fitted = np.linalg.solve(hidden.T @ hidden + np.eye(HIDDEN), hidden.T @ wanted)
+        fitted = np.linalg.solve(hidden.T @ hidden + 100 * np.eye(HIDDEN), hidden.T @ wanted)
         return fitted.astype(np.float32)
 
     def noised(self, scale: float = 0.001) -> np.ndarray:

@@ -88,9 +88,7 @@ def test_near_duplicates_are_merged(task):
 def test_space_comes_back(task):
     conn = task.conn
     conn.execute("VACUUM tessera.weight")
-    stored = "SELECT count(*), sum(stored_len) FROM tessera.store_blocks('tessera.weight')"
-    columns = conn.execute("SELECT * FROM tessera.store_blocks('tessera.weight') LIMIT 0").description
-    assert "stored_len" in [column.name for column in columns], [column.name for column in columns]
+    stored = "SELECT count(*), sum(stored_bytes) FROM tessera.store_blocks('tessera.weight')"
     blocks, bytes_before = conn.execute(stored).fetchone()
     report = deduplicate(conn, max_drop=1)
     assert report["merged"] > 30
@@ -127,11 +125,11 @@ def test_rows_are_split_by_the_seed(task):
 
 
 def test_bad_candidate_stays(task):
-    """Alike in 80 of 100 elements, and far off in the others: the last to be tried, and not merged."""
+    """Alike in 26 of 32 rows, and far off in the others: the last to be tried, and not merged."""
     conn, bad = task.conn, task.noised()
     spoiled = bad[:TILE, TILE : 2 * TILE]
-    spoiled[task.random.random(spoiled.shape) < 0.2] += 8
-    task.load(conn, "bad", bad)
+    spoiled[10:16] += 8
+    task.load(conn, "bad", bad, task.second(bad, slice(TILE, 2 * TILE)))
     report = deduplicate(conn, "bad", max_drop=0.02)
     assert report["candidates"] > report["merged"] >= 30
     now = weights(exported(conn, "bad"))["w1"]
@@ -194,8 +192,8 @@ def test_within_a_model(fresh):
         assert_whole(conn, made)
 
 
-def test_other_models_of_the_batch(fresh):
-    """Rows of a model that takes one at a time, and of one that takes sixteen."""
+def test_one_row_at_a_time(fresh):
+    """A model whose input is one row."""
     from near_models import classifier
 
     made = Task(4)
@@ -209,6 +207,44 @@ def test_other_models_of_the_batch(fresh):
         one = np.array([predict_rows(conn, "b", row) for row in made.x[:5]])
         session = onnxruntime.InferenceSession(exported(conn, "b"), providers=["CPUExecutionProvider"])
         assert_close(one, np.vstack([session.run(None, {"x": row[None]})[0] for row in made.x[:5]]), "b")
+
+
+def embedding(table: np.ndarray) -> bytes:
+    """The mean of the rows of a table that are asked for."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["e", "x"], ["g"], axis=0), helper.make_node("ReduceMean", ["g"], ["y"], axes=[1], keepdims=0)],
+        "embedding",
+        [helper.make_tensor_value_info("x", TensorProto.INT64, ["n", "words"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", table.shape[1]])],
+        [numpy_helper.from_array(table, "e")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+
+
+def test_embeddings_and_rows_of_several_widths(fresh):
+    """Look-ups read few blocks; sentences differ in length. What nobody looks up is merged as well."""
+    random = np.random.default_rng(5)
+    table = random.normal(0, 0.1, (2000, 64)).astype(np.float32)
+    tuned = (table + random.normal(0, 0.001, table.shape)).astype(np.float32)
+    tuned[64:80] += 1  # words that the rows below use
+    with fresh.connect() as conn:
+        for name, content in (("base", table), ("tuned", tuned)):
+            conn.execute("SELECT load_model(%s, %b, 16384)", (name, embedding(content)))
+        conn.execute("CREATE TABLE s (x integer[], y float8[])")
+        for length in (1, 3, 8, 3, 1, 5) * 8:
+            words = random.integers(64, 80, length)
+            conn.execute("INSERT INTO s VALUES (%s::int[], %s::float8[])", (words.tolist(), tuned[words].mean(axis=0).astype(float).tolist()))
+        report = deduplicate(conn, "tuned", "SELECT x, y FROM s", metric="mse", max_drop=0.0001)
+        assert report["candidates"] == 32 and report["merged"] >= 16, report
+        assert report["metric_before"] < 1e-9 and report["metric_after"] <= 0.0001
+        now = weights(exported(conn, "tuned"))["e"]
+        assert np.array_equal(now[64:80], tuned[64:80])
+        for words in ([70], [64, 1999, 3]):
+            answer = conn.execute("SELECT predict('tuned', %s::int[])", (words,)).fetchone()[0]
+            assert_close(np.array(answer), now[words].mean(axis=0), str(words))
+        assert conn.execute("SELECT * FROM check_store('tessera.weight')").fetchall() == []
 
 
 @pytest.mark.parametrize("cast", ["real[]", "double precision[]", "numeric[]"])
@@ -448,9 +484,12 @@ def test_models_that_may_not_be_used_are_left_alone(roles):
     assert deduplicate(roles, max_drop=1)["merged"] > 30
 
 
-WAITS = """CREATE FUNCTION waits(prediction real[], label int) RETURNS double precision LANGUAGE plpgsql AS $$
+# Once the rows have been measured before.
+WAITS = f"""CREATE FUNCTION waits(prediction real[], label int) RETURNS double precision LANGUAGE plpgsql AS $$
+DECLARE calls int := 1 + coalesce(nullif(current_setting('test.calls', true), ''), '0')::int;
 BEGIN
-    IF label >= 0 THEN PERFORM pg_advisory_lock_shared(42); PERFORM pg_advisory_unlock_shared(42); END IF;
+    PERFORM set_config('test.calls', calls::text, false);
+    IF calls > {ROWS} THEN PERFORM pg_advisory_lock_shared(42); PERFORM pg_advisory_unlock_shared(42); END IF;
     RETURN 1;
 END $$"""
 
@@ -492,7 +531,7 @@ def test_the_model_is_changed_meanwhile(task):
     with task.base.connect() as other:
         for change in ("SELECT activate_model('b', 1)", "SELECT drop_model('b')"):
             task.load(other, "b", task.noised())
-            session = held_up(task, other) if "waits" not in change else None
+            session = held_up(task, other)
             other.execute(change)
             other.execute("SELECT pg_advisory_unlock(42)")
             with pytest.raises((errors.ObjectNotInPrerequisiteState, errors.UndefinedObject)):
@@ -521,7 +560,7 @@ def test_two_at_a_time(task):
             outcomes.append(None)
     for conn in sessions:
         conn.close()
-    assert sorted(outcomes, key=str) in ([2, None], [2, 3], [2, 2][:1] + [None])
+    assert 2 in outcomes and set(outcomes) <= {2, None}
     assert_whole(task.conn, task)
 
 
@@ -531,8 +570,8 @@ def test_it_can_be_cancelled(task, way):
     conn.execute("CREATE FUNCTION slow(p real[], l int) RETURNS float8 LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.0005); RETURN 1; END $$")
     before = counts(conn)[:-1]
     for name, query in {
-        "reading": "SELECT deduplicate_model('b', 'SELECT x, label FROM v, pg_sleep(0.05)')",
-        "measuring": f"SELECT deduplicate_model('b', '{QUERY}, random()', 'slow', step => 1)",
+        "reading": "SELECT deduplicate_model('b', 'SELECT x, label FROM v WHERE pg_sleep(0.01)::text = $$$$')",
+        "measuring": f"SELECT deduplicate_model('b', '{QUERY}', 'slow', step => 1)",
         "large": "SELECT deduplicate_model('b', 'SELECT x, label FROM v, generate_series(1, 300)', step => 1)",
     }.items():
         for wait in (0.1, 0.6):
