@@ -414,6 +414,15 @@ def test_writing_goes_on_after_a_refusal(conn, stored):
     conn.execute("ROLLBACK")
 
 
+def test_read_only_transaction(conn, stored):
+    """Told at once, and not after the search; a dry run goes through."""
+    conn.execute("BEGIN READ ONLY")
+    assert deduplicate(conn, dry_run=True, max_drop=1)["merged"] > 30
+    with pytest.raises(errors.ReadOnlySqlTransaction):
+        conn.execute("SELECT deduplicate_model('b', 'SELECT nowhere')")
+    conn.execute("ROLLBACK")
+
+
 def test_rows_have_to_fit_in_memory(conn, stored):
     conn.execute("SET maintenance_work_mem = '1MB'")
     many = "SELECT array_fill(0.5::real, ARRAY[64]), 1 FROM generate_series(1, 100000000)"

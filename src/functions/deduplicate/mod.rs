@@ -17,7 +17,7 @@ mod trial;
 use crate::catalog::{self, Merge, ModelSpec, VersionRow};
 use crate::pg::fmgr::{Call, sql_functions_of_users_code};
 use crate::pg::progress::{self, Activity, Field, Work};
-use crate::pg::{error, memory};
+use crate::pg::{error, memory, query};
 use candidates::Found;
 use metric::Metric;
 use pgrx::pg_sys;
@@ -140,6 +140,9 @@ fn deduplicate_model(call: &Call) -> pg_sys::Datum {
     let spec = ModelSpec::parse(call.need(0, "name"));
     let (validation, metric): (&str, &str) = (call.need(1, "validation"), call.need(2, "metric"));
     let options = options(call);
+    if !options.dry_run {
+        query::need_writable(c"deduplicate_model()");
+    }
     catalog::check_owner(spec.name);
     let base = catalog::resolve(&spec);
     let _activity = Activity::begin(Work::Deduplicate, Some(&base.content_hash));
