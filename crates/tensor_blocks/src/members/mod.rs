@@ -53,6 +53,12 @@ impl Place {
         usize::from(self.at) * UNIT
     }
 
+    /// The blocks of stored places; none if they are cut off.
+    pub fn blocks_of(stored: &[u8]) -> Option<impl Iterator<Item = u32>> {
+        let (places, rest) = stored.as_chunks::<{ Place::BYTES }>();
+        rest.is_empty().then(|| places.iter().map(|place| Place::read(place).block))
+    }
+
     fn write(self, out: &mut Vec<u8>) {
         out.extend_from_slice(&self.block.to_le_bytes());
         out.extend_from_slice(&self.at.to_le_bytes());
