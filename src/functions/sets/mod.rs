@@ -10,6 +10,7 @@ mod placeholder;
 mod recommend;
 mod recover;
 mod save;
+mod fit;
 mod train;
 
 use crate::catalog::{self, sets};
