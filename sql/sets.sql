@@ -89,9 +89,9 @@ CREATE FUNCTION train_feed_forward(onnx bytea, data text, params jsonb) RETURNS 
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'tessera_train_feed_forward';
 COMMENT ON FUNCTION train_feed_forward(bytea, text, jsonb) IS 'trains a small feed-forward network by stochastic gradient descent, on a query''s rows (input, target), both arrays of numbers; params: epochs, learning_rate, batch, momentum, weight_decay, seed, loss (mse, cross_entropy, binary_cross_entropy), layers';
 
-CREATE FUNCTION tessera.set_member_names(model_set bigint) RETURNS SETOF text
+CREATE FUNCTION tessera.set_member_names(model_set bigint, OUT name text, OUT place bigint) RETURNS SETOF record
     LANGUAGE c STABLE STRICT PARALLEL RESTRICTED ROWS 1000 AS 'MODULE_PATHNAME', 'tessera_set_member_names';
-COMMENT ON FUNCTION tessera.set_member_names(bigint) IS 'names of a set''s members, for roles that may use the set; read tessera.model_set_members';
+COMMENT ON FUNCTION tessera.set_member_names(bigint) IS 'names of a set''s members and their places in its map, for roles that may use the set; read tessera.model_set_members';
 
 CREATE VIEW tessera.model_sets AS
     SELECT s.name, pg_catalog.pg_get_userbyid(d.typowner) AS owner, s.storage, p.name AS based_on, s.members,
@@ -104,7 +104,7 @@ CREATE VIEW tessera.model_sets AS
 COMMENT ON VIEW tessera.model_sets IS 'sets of models: how they are stored, how many members they have, parameters and their bytes of each, and the bytes that saving the set added';
 CREATE VIEW tessera.model_set_members AS
     SELECT s.name AS model_set, m.name AS member
-    FROM tessera.model_set s CROSS JOIN LATERAL tessera.set_member_names(s.id) AS m(name)
+    FROM tessera.model_set s CROSS JOIN LATERAL tessera.set_member_names(s.id) m
     WHERE pg_catalog.has_type_privilege(s.domain, 'USAGE');
 COMMENT ON VIEW tessera.model_set_members IS 'members of sets; predict and recover_model take them as set/member';
 GRANT SELECT ON tessera.model_sets, tessera.model_set_members TO PUBLIC;

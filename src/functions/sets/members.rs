@@ -9,7 +9,9 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, HashSet};
 use std::convert::Infallible;
 use std::rc::Rc;
-use tensor_blocks::members::{Packer, Place, Recipe, segment_hash};
+use tensor_blocks::Block;
+use tensor_blocks::members::{Packer, Place, Recipe, block_capacity, segment_hash};
+use tensor_blocks::packing::TENSOR_PAGE_BYTES;
 
 /// A set that is being made.
 pub struct Making {
@@ -46,7 +48,8 @@ impl Making {
             signature,
             training,
         });
-        let mut packer = Packer::new();
+        let member = shared.segments.bytes();
+        let mut packer = Packer::new(block_capacity(member, TENSOR_PAGE_BYTES as usize, Block::HEAD_OF_MATRIX));
         if let Some(parent) = &parent {
             // What the parent uses: contents are told by their hashes.
             let blocks: HashSet<u32> =

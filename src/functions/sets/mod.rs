@@ -30,8 +30,8 @@ fn set_member_names(call: &Call) -> pg_sys::Datum {
     let mut rows = Rows::start(call);
     if let Some(row) = sets::set_of_id(call.need(0, "model_set")) {
         let set = crate::serving::sets::open(row);
-        for (_, name) in set.members() {
-            rows.push(&[name.into_datum()]);
+        for (place, (_, name)) in set.members().enumerate() {
+            rows.push(&[name.into_datum(), (place as i64).into_datum()]);
         }
     }
     call.null()

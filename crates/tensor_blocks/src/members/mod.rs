@@ -26,7 +26,7 @@ mod packer;
 mod segments;
 
 pub use chunk::{CHUNK_MEMBERS, Chunk, ChunkError, Recipe};
-pub use packer::{BLOCK_MAX, PackedBlock, Packer, decode_index};
+pub use packer::{BLOCK_MAX, PackedBlock, Packer, block_capacity, decode_index};
 pub use segments::{Piece, SEGMENT_MAX, Segments, SegmentsError};
 
 /// Bytes that offsets count.

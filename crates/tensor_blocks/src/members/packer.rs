@@ -33,16 +33,28 @@ pub fn decode_index(index: &[u8]) -> Option<impl Iterator<Item = (u16, SegmentHa
 }
 
 /// Packs segments in the order in which they come.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Packer {
+    capacity: usize,
     known: HashMap<SegmentHash, Place>,
     open: Option<PackedBlock>,
 }
 
+/// Bytes of a block for members of `member` bytes, at most [`BLOCK_MAX`]: as many whole members as fill a tensor page of `page` bytes
+/// best, since a block of `beside` bytes more than its elements does not lie across two of them.
+pub fn block_capacity(member: usize, page: usize, beside: usize) -> usize {
+    // Of what is as good as the best, the largest.
+    const AS_GOOD: usize = 200;
+    let fill = |bytes: usize| page / (bytes + beside) * bytes;
+    let sizes = (1..=BLOCK_MAX.checked_div(member).unwrap_or(0)).map(|count| count * member);
+    let best = sizes.clone().map(fill).max().unwrap_or(0);
+    sizes.rev().find(|&bytes| fill(bytes) + page / AS_GOOD >= best).unwrap_or(BLOCK_MAX)
+}
+
 impl Packer {
-    /// Knows no content yet.
-    pub fn new() -> Packer {
-        Packer::default()
+    /// For blocks of at most so many bytes, which are no more than [`BLOCK_MAX`]. A larger segment has a block of its own.
+    pub fn new(capacity: usize) -> Packer {
+        Packer { capacity: capacity.min(BLOCK_MAX), known: HashMap::new(), open: None }
     }
 
     /// Tells that a content is stored already.
@@ -64,8 +76,8 @@ impl Packer {
         full: &mut dyn FnMut(PackedBlock) -> Result<(), E>,
     ) -> Result<Vec<Place>, E> {
         let new: usize = segments.iter().filter(|(hash, _)| !self.known.contains_key(hash)).map(|(_, bytes)| bytes.len()).sum();
-        let left = self.open.as_ref().map_or(0, |open| BLOCK_MAX - open.bytes.len());
-        if new > left && new <= BLOCK_MAX {
+        let left = self.open.as_ref().map_or(0, |open| self.capacity.saturating_sub(open.bytes.len()));
+        if new > left && new <= self.capacity {
             self.finish(full)?;
         }
         let mut places = Vec::with_capacity(segments.len());
@@ -75,11 +87,11 @@ impl Packer {
                 places.push(*place);
                 continue;
             }
-            if self.open.as_ref().is_some_and(|open| open.bytes.len() + bytes.len() > BLOCK_MAX) {
+            if self.open.as_ref().is_some_and(|open| open.bytes.len() + bytes.len() > self.capacity) {
                 self.finish(full)?;
             }
             if self.open.is_none() {
-                self.open = Some(PackedBlock { number: number()?, bytes: Vec::with_capacity(BLOCK_MAX), index: Vec::new() });
+                self.open = Some(PackedBlock { number: number()?, bytes: Vec::with_capacity(self.capacity), index: Vec::new() });
             }
             let Some(open) = &mut self.open else { continue };
             let place = Place { block: open.number, at: (open.bytes.len() / UNIT) as u16 };
@@ -131,7 +143,7 @@ mod tests {
     fn segments_are_found_where_they_were_placed_and_stored_once() {
         let member = |n: u8| vec![vec![n; 1152], vec![n.wrapping_mul(3); 9408], vec![200; 9408], vec![n; 196]];
         let members: Vec<_> = (0..40).map(member).collect();
-        let (places, blocks) = pack(&members, &mut Packer::new());
+        let (places, blocks) = pack(&members, &mut Packer::new(BLOCK_MAX));
         for (member, places) in members.iter().zip(&places) {
             for (bytes, place) in member.iter().zip(places) {
                 let block = &blocks[&place.block];
@@ -148,11 +160,23 @@ mod tests {
     }
 
     #[test]
+    fn blocks_fill_tensor_pages() {
+        let page = 65 * 8168;
+        // Two of three would fit into a block; eight blocks of three leave a tenth of a page.
+        assert_eq!(block_capacity(19_972, page, 12), 2 * 19_972);
+        for member in (4..BLOCK_MAX).step_by(52) {
+            let bytes = block_capacity(member, page, 12);
+            assert!(bytes.is_multiple_of(member) && bytes <= BLOCK_MAX);
+        }
+        assert_eq!([block_capacity(0, page, 12), block_capacity(70_000, page, 12)], [BLOCK_MAX; 2]);
+    }
+
+    #[test]
     fn a_member_lies_in_one_block_and_what_is_known_is_not_stored() {
         let members: Vec<Vec<Vec<u8>>> = (0..7).map(|n| vec![vec![n; 10_000], vec![n + 100; 12_000]]).collect();
-        let (places, _) = pack(&members, &mut Packer::new());
+        let (places, _) = pack(&members, &mut Packer::new(BLOCK_MAX));
         assert!(places.iter().all(|places| places[0].block == places[1].block));
-        let mut packer = Packer::new();
+        let mut packer = Packer::new(BLOCK_MAX);
         for (member, places) in members.iter().zip(&places) {
             packer.know(segment_hash(&member[0]), places[0]);
         }
