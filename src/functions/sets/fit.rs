@@ -8,7 +8,7 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::cell::RefCell;
 
-sql_functions!(train_feed_forward);
+sql_functions!(whole errors: train_feed_forward);
 
 /// Most values of the training data, which are in memory as a whole: 1 GB.
 const VALUES: usize = 1 << 28;

@@ -12,7 +12,7 @@ use std::collections::HashSet;
 use std::time::Instant;
 use tensor_blocks::members::Place;
 
-sql_functions!(recommend_storage);
+sql_functions!(whole errors: recommend_storage);
 
 /// Members of the sample.
 const SAMPLE: usize = 32;

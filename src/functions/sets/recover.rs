@@ -10,7 +10,7 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::rc::Rc;
 
-sql_functions!(recover_model, recover_model_set);
+sql_functions!(whole errors: recover_model, recover_model_set);
 
 fn recover_model(call: &Call) -> pg_sys::Datum {
     let spec: &str = call.need(0, "member");

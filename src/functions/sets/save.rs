@@ -19,7 +19,7 @@ use std::borrow::Cow;
 use std::rc::Rc;
 use tensor_blocks::DType;
 
-sql_functions!(save_model_set, load_model_set);
+sql_functions!(whole errors: save_model_set, load_model_set);
 
 fn save_model_set(call: &Call) -> pg_sys::Datum {
     let (name, query): (&str, &str) = (call.need(0, "set_name"), call.need(1, "members"));
