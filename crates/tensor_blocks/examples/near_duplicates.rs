@@ -6,13 +6,14 @@
 //! cargo run --release -p tensor_blocks --example near_duplicates [-- BLOCKS ...]
 //! ```
 //!
-//! The indexed blocks have 128 x 128 float32 with standard deviations of 0.03, 0.1 and 0.3. Looked for are 1,000 blocks:
-//! copies of indexed ones, the same with noise, the same with a quarter of the rows replaced, the same with one element
-//! in a hundred replaced, and others that are like no indexed one.
+//! The indexed blocks have 128 x 128 float32 with standard deviations of 0.03, 0.1 and 0.3. Looked for are 1,000
+//! blocks: copies of indexed ones, the same with noise, the same with a quarter of the rows replaced, the same with one
+//! element in a hundred replaced, and others that are like no indexed one.
 //!
-//! Time is that of finding: hashing a block, looking up, comparing. Making the blocks, which stands for reading them, is
-//! not in it. Blocks are kept in memory up to 10,000 and made again by their seed beyond. Where the time is marked with ~,
-//! every ninth of the blocks was looked for, and for pairwise comparison beyond 10,000, in the first 10,000 blocks only.
+//! Time is that of finding: hashing a block, looking up, comparing. Making the blocks, which stands for reading them,
+//! is not in it. Blocks are kept in memory up to 10,000 and made again by their seed beyond, so that they are compared
+//! while they are in the processor's cache. Where the time is marked with ~, every ninth of the blocks was looked for,
+//! and for pairwise comparison beyond 10,000, in the first 10,000 blocks only.
 
 #[path = "near_duplicates/minhash.rs"]
 mod minhash;
@@ -166,7 +167,8 @@ impl Tally {
         let recall =
             |kind: Kind| f64::from(self.found[kind as usize]) / f64::from(self.looked_for[kind as usize].max(1));
         println!(
-            "| {name} | {count} | {:.0} | {approximate}{per_thousand:.1} | {:.1} | {:.3} | {:.3} | {:.3} | {:.3} | {:.1} | {} |",
+            "| {name} | {count} | {:.0} | {approximate}{per_thousand:.1} | {:.1} | {:.3} | {:.3} | {:.3} | {:.3} \
+             | {:.0} | {} |",
             building.as_secs_f64() * 1e6 / count as f64,
             self.compared as f64 * factor / f64::from(all),
             recall(Kind::Copy),
@@ -329,7 +331,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         counts = vec![1_000, 10_000, 100_000];
     }
     println!(
-        "| way | blocks indexed | build, ms per 1,000 | find, ms per 1,000 | compared per block | recall: copies | noise \
+        "| way | blocks | build, ms per 1,000 | find, ms per 1,000 | compared per block | recall: copies | noise \
          | rows | scattered | wrong per 1,000 | index, bytes per block |"
     );
     println!("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |");

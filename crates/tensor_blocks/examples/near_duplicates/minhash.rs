@@ -1,6 +1,6 @@
-//! MISTIQUE's approximate match as netsDB compares with it: values are discretised into 10,000 bins over -1 to 1, MinHash
-//! with 48 hash functions finds sets with a Jaccard index above 0.2, and the set with the largest index is taken.
-//! (Vartak et al., *MISTIQUE*, SIGMOD 2018.)
+//! MISTIQUE's approximate match (Vartak et al., SIGMOD 2018) as netsDB compares with it: values are discretised into
+//! 10,000 bins over -1 to 1, MinHash with 48 functions finds sets with a Jaccard index above 0.2, and the set with the
+//! largest index is taken.
 
 use super::mix;
 use std::collections::HashMap;

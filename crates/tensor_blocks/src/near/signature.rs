@@ -7,8 +7,9 @@
 //! Vectors of random signs stand for normal ones (Achlioptas, *Database-friendly random projections*, JCSS 2003): a sum
 //! of that many terms is nearly normal. And a span's hashes share the work: its elements, with random signs, are added
 //! up in as many lanes as there are hashes, and a Hadamard transform of the lanes gives one sum for each hash. Each of
-//! these is the product of the elements with a vector of independent signs, and any two of the vectors are orthogonal.
-//! So a signature costs one addition per element and no table as wide as the block.
+//! these is the product of the elements with a vector of independent signs, and any two of the vectors are orthogonal,
+//! but for lanes that have one element more than others. So where each band has a run of its own, a signature costs one
+//! addition per element and a table of signs as long as a run.
 
 use super::options::MAX_SPAN;
 use super::{NearError, NearOptions, Span};
@@ -20,7 +21,7 @@ const MIN_RUN: usize = 128;
 const MIN_LANES: usize = 16;
 /// Positions in the table of signs at which a run's signs may begin.
 const SIGN_STARTS: usize = 2048;
-/// Buckets beyond are one: their values have no digits that would tell them apart.
+/// Buckets beyond are one: so far off, float32 has no digits that would tell neighbours apart.
 const FARTHEST_BUCKET: f64 = (1u64 << 50) as f64;
 /// Added to a number up to [`FARTHEST_BUCKET`], it leaves the nearest whole number in the low bits of the sum.
 const TO_WHOLE: f64 = (3u64 << 51) as f64;
