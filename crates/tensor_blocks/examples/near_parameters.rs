@@ -7,8 +7,8 @@
 //! FILE has blocks of 128 x 128 float32, one after the other, little-endian, and nothing else; without it the blocks
 //! are made up, normally distributed. To a block is added noise with which 71 % and 99 % of its elements stay within
 //! the tolerance of 0.01, and in a third copy every fourth row is replaced. Recall is over the copies that are near
-//! enough, with any band in common and, in brackets, among the eight blocks with most bands in common. "By accident" are
-//! other blocks with a band in common, for each block and 100,000 indexed ones.
+//! enough, with any band in common and, in brackets, among the eight blocks with most bands in common. "By accident"
+//! are other blocks with a band in common, for each block and 100,000 indexed ones.
 
 use tensor_blocks::DType;
 use tensor_blocks::near::{NearError, NearIndex, NearOptions, Span, elements_f32, share_within};

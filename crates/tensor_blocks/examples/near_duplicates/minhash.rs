@@ -87,8 +87,8 @@ impl MinHashIndex {
     }
 
     /// Its id is the number of sets before it.
-    pub fn insert(&mut self, bins: Bins) {
-        let keys = self.keys(&minhash(&bins));
+    pub fn insert(&mut self, bins: Bins, hashes: &[u32; HASHES]) {
+        let keys = self.keys(hashes);
         for (band, key) in self.bands.iter_mut().zip(keys) {
             band.entry(key).or_default().push(self.bins.len() as u32);
         }
