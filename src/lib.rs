@@ -31,7 +31,8 @@ extension_sql_file!("../sql/catalog.sql", name = "catalog", requires = ["access_
 extension_sql_file!("../sql/functions.sql", name = "functions", requires = ["catalog"]);
 extension_sql_file!("../sql/maintenance.sql", name = "maintenance", requires = ["functions"]);
 extension_sql_file!("../sql/views.sql", name = "views", requires = ["maintenance"]);
-extension_sql_file!("../sql/cache.sql", name = "cache", requires = ["views"], finalize);
+extension_sql_file!("../sql/sets.sql", name = "sets", requires = ["views"]);
+extension_sql_file!("../sql/cache.sql", name = "cache", requires = ["sets"], finalize);
 
 /// Required by `cargo pgrx test`.
 #[cfg(test)]

@@ -4,10 +4,11 @@
 mod blocks;
 mod names;
 mod read;
+pub mod sets;
 mod visible;
 mod write;
 
-pub use blocks::{BlockRef, OpenWeights, block_refs, prefetch_block, read_block};
+pub use blocks::{BlockRef, OpenWeights, block_refs, prefetch_block, read_block, read_set_block, set_block};
 pub use names::{ModelSpec, check_name};
 pub use read::{TensorRow, estimate, graph, is_usable, read_tensor, resolve, signature_of_content, tensors};
 pub use visible::visible_contents;
