@@ -94,7 +94,8 @@ unsafe fn is_anew(data: &pg_sys::ErrorData, kept: &pg_sys::ErrorData) -> bool {
         !a.is_null() && !b.is_null() && CStr::from_ptr(a) == CStr::from_ptr(b)
     };
     // A SQLSTATE that pgrx does not know has become internal_error.
-    let same_code = data.sqlerrcode == kept.sqlerrcode || data.sqlerrcode == PgSqlErrorCode::ERRCODE_INTERNAL_ERROR as c_int;
+    let same_code =
+        data.sqlerrcode == kept.sqlerrcode || data.sqlerrcode == PgSqlErrorCode::ERRCODE_INTERNAL_ERROR as c_int;
     data.context.is_null() && same_code && same(data.message, kept.message)
 }
 

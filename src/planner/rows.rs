@@ -482,7 +482,8 @@ impl Scan {
                 self.show(slot, row);
                 pg_sys::CurrentMemoryContext = (*context).ecxt_per_tuple_memory;
                 let call = &mut self.calls[at];
-                let batched = call.layout.by_row || !call.refused && call.model.as_ref().is_none_or(|model| model.batched);
+                let batched =
+                    call.layout.by_row || !call.refused && call.model.as_ref().is_none_or(|model| model.batched);
                 if !batched {
                     self.odd[row] = true;
                     continue;

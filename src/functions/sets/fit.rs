@@ -111,7 +111,10 @@ impl Data {
             error::raise(
                 PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
                 "rows of the training data differ in length",
-                &format!("One has {} and {} values, another {} and {}.", self.widths[0], self.widths[1], widths[0], widths[1]),
+                &format!(
+                    "One has {} and {} values, another {} and {}.",
+                    self.widths[0], self.widths[1], widths[0], widths[1]
+                ),
                 "Give arrays of one length as input, and of one length as target.",
             );
         }

@@ -55,9 +55,19 @@ impl Making {
             // What the parent uses: contents are told by their hashes.
             let blocks: HashSet<u32> =
                 parent.members().flat_map(|(member, _)| parent.places(member)).map(|place| place.block).collect();
-            set_blocks(parent.row.architecture, &|block| blocks.contains(&block), &mut |hash, place| packer.know(hash, place));
+            set_blocks(parent.row.architecture, &|block| blocks.contains(&block), &mut |hash, place| {
+                packer.know(hash, place)
+            });
         }
-        Making { shared, storage, parent, packer, writer: RefCell::new(writer), members: BTreeMap::new(), run: Vec::new() }
+        Making {
+            shared,
+            storage,
+            parent,
+            packer,
+            writer: RefCell::new(writer),
+            members: BTreeMap::new(),
+            run: Vec::new(),
+        }
     }
 
     /// Whether a member of this name was added.

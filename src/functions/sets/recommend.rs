@@ -68,7 +68,8 @@ fn recommend_storage(call: &Call) -> pg_sys::Datum {
     // What differs from the set that it is based on; what is trained is taken to differ as a whole.
     let changed = parent.as_ref().map(|parent| {
         let known: HashSet<Place> = parent.members().flat_map(|(member, _)| parent.places(member)).collect();
-        let sizes: Vec<f64> = (0..set.shared.segments.count()).map(|n| set.shared.segments.size(n) as f64 + BESIDE).collect();
+        let sizes: Vec<f64> =
+            (0..set.shared.segments.count()).map(|n| set.shared.segments.size(n) as f64 + BESIDE).collect();
         let mut bytes = count * 6.0 * segments;
         for (member, _) in &members {
             let is_trained = set.recipe(*member).is_some();

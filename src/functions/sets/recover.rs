@@ -31,7 +31,8 @@ fn recover_model_set(call: &Call) -> pg_sys::Datum {
     let set = set_of(call.need(0, "set_name"));
     let mut rows = Rows::start(call);
     // In the order in which they are stored, so that each block is read about once.
-    let mut members: Vec<_> = set.members().map(|(member, name)| (set.places(member).first().copied(), member, name)).collect();
+    let mut members: Vec<_> =
+        set.members().map(|(member, name)| (set.places(member).first().copied(), member, name)).collect();
     members.sort_by_key(|(place, member, _)| (place.map(|place| (place.block, place.at)), *member));
     let mut reader = Reader::default();
     for (_, member, name) in members {

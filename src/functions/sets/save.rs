@@ -73,7 +73,9 @@ fn load_model_set(call: &Call) -> pg_sys::Datum {
             }
             if in_array.get() {
                 let datum = row.datum(1).unwrap_or(pg_sys::Datum::from(0));
-                array::with_elements::<f32, _>(datum, |_, values| add_run(&mut making, &member, bytemuck::cast_slice(values)));
+                array::with_elements::<f32, _>(datum, |_, values| {
+                    add_run(&mut making, &member, bytemuck::cast_slice(values))
+                });
             } else {
                 row.with_bytes(1, |bytes| add_run(&mut making, &member, bytes));
             }
@@ -115,7 +117,8 @@ fn start(name: &str, parent: Option<Rc<OpenSet>>, stripped: &Stripped<'_>, membe
         None => {
             let mut fetch = |ordinal: u32, out: &mut Vec<u8>| {
                 let tensor = stripped.tensors.get(ordinal as usize);
-                let tensor = tensor.ok_or_else(|| ModelError::internal(format!("tensor {ordinal} was not stripped")))?;
+                let tensor =
+                    tensor.ok_or_else(|| ModelError::internal(format!("tensor {ordinal} was not stripped")))?;
                 out.extend_from_slice(&tensor.data);
                 Ok(())
             };
@@ -148,7 +151,14 @@ fn finish(name: &str, parent: Option<Rc<OpenSet>>, making: Option<Making>) -> pg
         Some(parent) => {
             let signature = sets::architecture(parent.row.architecture).signature;
             let shared = parent.shared.clone();
-            Making::begin(Plan { name, storage: Storage::Update, parent: Some(parent), shared, signature, training: None })
+            Making::begin(Plan {
+                name,
+                storage: Storage::Update,
+                parent: Some(parent),
+                shared,
+                signature,
+                training: None,
+            })
         }
         None => error::raise(
             PgSqlErrorCode::ERRCODE_NO_DATA_FOUND,
@@ -180,7 +190,11 @@ pub(super) fn check_same(shared: &Shared, stripped: &Stripped<'_>, member: &str)
     }
     let shape = |dims: &[u64]| format!("{dims:?}");
     let detail = if stripped.tensors.len() == shared.tensors.len() {
-        let unlike = stripped.tensors.iter().zip(&shared.tensors).find(|(here, there)| here.dims != there.dims || here.dtype != there.dtype);
+        let unlike = stripped
+            .tensors
+            .iter()
+            .zip(&shared.tensors)
+            .find(|(here, there)| here.dims != there.dims || here.dtype != there.dtype);
         match unlike {
             Some((here, there)) => Cow::Owned(format!(
                 "Its tensor \"{}\" is {}{}, and {}{} in the set.",
@@ -193,7 +207,11 @@ pub(super) fn check_same(shared: &Shared, stripped: &Stripped<'_>, member: &str)
             None => Cow::Borrowed("Its tensors have the same shapes, but its nodes, names or attributes differ."),
         }
     } else {
-        Cow::Owned(format!("It has {} tensors, and the set's members have {}.", stripped.tensors.len(), shared.tensors.len()))
+        Cow::Owned(format!(
+            "It has {} tensors, and the set's members have {}.",
+            stripped.tensors.len(),
+            shared.tensors.len()
+        ))
     };
     error::raise(
         PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,

@@ -5,9 +5,9 @@
 //! refreshed with those of its own.
 
 use super::members::{Making, Plan};
+use super::placeholder;
 use super::recover::{parent_of, recovered};
 use super::save::{begin, check_same, strip};
-use super::placeholder;
 use crate::catalog::sets::{self, Storage};
 use crate::functions::load::content_hash;
 use crate::pg::cursor::{QueryRow, each_row};
@@ -45,12 +45,8 @@ fn train_model_set(call: &Call) -> pg_sys::Datum {
         Some(names) => names.into_iter().map(|name| name.unwrap_or_else(|| missing("members"))).collect(),
         None => parent.members().map(|(_, name)| name).collect(),
     };
-    let training = Training {
-        function: qualified(function),
-        data: data.to_owned(),
-        params,
-        search_path: search_path(),
-    };
+    let training =
+        Training { function: qualified(function), data: data.to_owned(), params, search_path: search_path() };
     filled(&training, "");
     let _activity = Activity::begin(Work::Load, None);
     let mut making = Making::begin(Plan {
@@ -111,7 +107,11 @@ pub(super) fn again(set: &Rc<OpenSet>, member: &str, recipe: &Recipe, reader: &m
     let path = CString::new(training.search_path.as_str()).unwrap_or_default();
     identity::as_role(owner_of(set), &path, |_| {
         if fingerprint(&training, member) != recipe.data {
-            changed(set, member, "The rows that the query of its training data gives are not those that it was trained with.");
+            changed(
+                set,
+                member,
+                "The rows that the query of its training data gives are not those that it was trained with.",
+            );
         }
         let model = run(&training, member, &base);
         if content_of(&set.shared, &model, member) != recipe.content {
@@ -176,7 +176,8 @@ fn filled(training: &Training, member: &str) -> String {
 /// Calls the training function for a member.
 fn run(training: &Training, member: &str, base: &[u8]) -> Vec<u8> {
     let query = format!("SELECT {}($1, $2, $3)", training.function);
-    let arguments = [base.to_vec().into(), filled(training, member).into(), pgrx::JsonB(training.params.clone()).into()];
+    let arguments =
+        [base.to_vec().into(), filled(training, member).into(), pgrx::JsonB(training.params.clone()).into()];
     let result = Spi::connect_mut(|client| {
         let table = client.update(&query, Some(1), &arguments)?;
         table.first().get_one::<Vec<u8>>()
