@@ -92,23 +92,8 @@ pub fn missing(name: &str) -> ! {
     )
 }
 
-/// Makes a Rust function `fn(&Call) -> pg_sys::Datum` callable from SQL under its own name. With `whole errors:` before them, ERRORs of
-/// what they run, such as queries of users, stay whole (see [`error_context`](super::error_context)).
+/// Makes a Rust function `fn(&Call) -> pg_sys::Datum` callable from SQL under its own name.
 macro_rules! sql_functions {
-    (whole errors: $($name:ident),* $(,)?) => {$(
-        const _: () = {
-            #[unsafe(export_name = concat!("pg_finfo_tessera_", stringify!($name)))]
-            extern "C-unwind" fn info() -> &'static pgrx::pg_sys::Pg_finfo_record {
-                const V1: pgrx::pg_sys::Pg_finfo_record = pgrx::pg_sys::Pg_finfo_record { api_version: 1 };
-                &V1
-            }
-            #[unsafe(export_name = concat!("tessera_", stringify!($name)))]
-            unsafe extern "C-unwind" fn call(fcinfo: pgrx::pg_sys::FunctionCallInfo) -> pgrx::pg_sys::Datum {
-                // SAFETY: the server passes the call's own arguments; the function itself runs behind the guard.
-                unsafe { $crate::pg::error_context::guard(|| $name(&$crate::pg::fmgr::Call::new(fcinfo))) }
-            }
-        };
-    )*};
     ($($name:ident),* $(,)?) => {$(
         const _: () = {
             #[unsafe(export_name = concat!("pg_finfo_tessera_", stringify!($name)))]

@@ -196,7 +196,7 @@ impl SetWriter {
                 client.update(
                     "INSERT INTO tessera.set_map (model_set, chunk, first_name, names, places, recipes) VALUES ($1, $2, $3, $4, $5, $6)",
                     None,
-                    &[set.into(), (number as i32).into(), first.into(), names.into(), places.into(), recipes.into()],
+                    &[set.into(), number.into(), first.into(), names.into(), places.into(), recipes.into()],
                 )?;
             }
             client.update(

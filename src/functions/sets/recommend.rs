@@ -4,7 +4,7 @@
 //! what the sample's bytes take to be copied and hashed once more, since nothing is stored here.
 
 use super::recover::{parent_of, recovered};
-use crate::pg::fmgr::{Call, Rows, sql_functions};
+use crate::pg::fmgr::{Call, Rows, sql_functions_of_users_code};
 use crate::serving::sets::{Reader, set_of};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
@@ -12,7 +12,7 @@ use std::collections::HashSet;
 use std::time::Instant;
 use tensor_blocks::members::Place;
 
-sql_functions!(whole errors: recommend_storage);
+sql_functions_of_users_code!(recommend_storage);
 
 /// Members of the sample.
 const SAMPLE: usize = 32;

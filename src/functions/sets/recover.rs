@@ -3,14 +3,14 @@
 use super::train;
 use crate::catalog::sets;
 use crate::pg::error;
-use crate::pg::fmgr::{Call, MAX_ALLOC, Rows, sql_functions, varlena_datum};
+use crate::pg::fmgr::{Call, MAX_ALLOC, Rows, sql_functions_of_users_code, varlena_datum};
 use crate::serving::sets::{Member, OpenSet, Reader, open, set_of};
 use inference::onnx;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::rc::Rc;
 
-sql_functions!(whole errors: recover_model, recover_model_set);
+sql_functions_of_users_code!(recover_model, recover_model_set);
 
 fn recover_model(call: &Call) -> pg_sys::Datum {
     let spec: &str = call.need(0, "member");

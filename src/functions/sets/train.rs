@@ -10,9 +10,9 @@ use super::recover::{parent_of, recovered};
 use super::save::{begin, check_same, strip};
 use crate::catalog::sets::{self, Storage};
 use crate::functions::load::content_hash;
-use crate::pg::cursor::{QueryRow, each_row};
-use crate::pg::fmgr::{Call, missing, sql_functions};
+use crate::pg::fmgr::{Call, missing, sql_functions_of_users_code};
 use crate::pg::progress::{Activity, Work};
+use crate::pg::query::{self, Calls};
 use crate::pg::{error, identity};
 use crate::serving::sets::{OpenSet, Reader, Shared};
 use pgrx::pg_sys;
@@ -22,7 +22,7 @@ use std::ffi::CString;
 use std::rc::Rc;
 use tensor_blocks::members::Recipe;
 
-sql_functions!(whole errors: train_model_set);
+sql_functions_of_users_code!(train_model_set);
 
 /// How the members of a set are trained.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -210,21 +210,25 @@ fn content_of(shared: &Shared, model: &[u8], member: &str) -> [u8; 32] {
 fn fingerprint(training: &Training, member: &str) -> [u8; 32] {
     let hasher = blake3::Hasher::new_derive_key("pg_tessera training data v1");
     let state = std::cell::RefCell::new((hasher, Vec::new()));
-    each_row(
+    query::select(
         &filled(training, member),
-        &mut |columns| state.borrow_mut().1 = columns.iter().map(|column| sender(column.type_oid)).collect(),
-        &mut |row| {
+        "training data",
+        Calls::Any,
+        |columns| state.borrow_mut().1 = columns.iter().map(|column| sender(column.type_oid)).collect(),
+        |row| {
             let (hasher, senders) = &mut *state.borrow_mut();
-            add_row(hasher, senders, row);
+            add_row(hasher, senders, row)
         },
     );
     let (hasher, _) = state.into_inner();
     *hasher.finalize().as_bytes()
 }
 
-fn add_row(hasher: &mut blake3::Hasher, senders: &[pg_sys::Oid], row: &QueryRow) {
-    for (at, &sender) in senders.iter().enumerate() {
-        match row.datum(at) {
+/// Adds a row to the fingerprint; its bytes.
+fn add_row(hasher: &mut blake3::Hasher, senders: &[pg_sys::Oid], row: &[Option<pg_sys::Datum>]) -> usize {
+    let mut count = 0;
+    for (value, &sender) in row.iter().zip(senders) {
+        match *value {
             None => {
                 hasher.update(&(-1i32).to_le_bytes());
             }
@@ -233,9 +237,11 @@ fn add_row(hasher: &mut blake3::Hasher, senders: &[pg_sys::Oid], row: &QueryRow)
                 let sent = pg_sys::OidSendFunctionCall(sender, datum);
                 let bytes = crate::pg::varlena::payload(sent.cast());
                 hasher.update(&(bytes.len() as i32).to_le_bytes()).update(bytes);
+                count += bytes.len();
             },
         }
     }
+    count
 }
 
 /// The function that gives values of a type in binary form. ERROR if it has none.
