@@ -74,10 +74,11 @@ struct Own {
 /// How often the blocks of the model's tensors occur in all models, and at which ordinal.
 type Uses = HashMap<[u8; 32], (u32, u64)>;
 
-/// Looks for near duplicates of the blocks that `plan` keeps out of itself.
+/// Looks for near duplicates of the blocks that `plan` keeps out of itself. Calls `indexed` when all blocks have been read, and are
+/// to be compared.
 ///
 /// Errors: `program_limit_exceeded` if the index does not fit in maintenance_work_mem; those of damaged tables.
-pub fn find(base: &VersionRow, plan: &Plan, options: &NearOptions, how: Importance) -> Found {
+pub fn find(base: &VersionRow, plan: &Plan, options: &NearOptions, how: Importance, indexed: impl FnOnce()) -> Found {
     let weights = OpenWeights::open();
     let on_trial: HashSet<u32> = plan.stored_tensors().iter().map(|tensor| tensor.ordinal).collect();
     let mut found = Found::default();
@@ -96,8 +97,8 @@ pub fn find(base: &VersionRow, plan: &Plan, options: &NearOptions, how: Importan
     }
     let (tensors, targets) = targets(base, &weights, &kinds, &mut uses);
     let (indexes, mut own) = index(&weights, &tensors, &targets, &uses, options, how);
-    let movable: usize = own.len();
-    found.shared = found.blocks - found.skipped - movable as u64;
+    found.shared = found.blocks - found.skipped - own.len() as u64;
+    indexed();
     own.sort_by(|a, b| a.importance.total_cmp(&b.importance).then(a.target.cmp(&b.target)));
     compare(&weights, &tensors, &targets, &indexes, &own, options, &mut found);
     found
@@ -203,8 +204,6 @@ fn compare(
     options: &NearOptions,
     found: &mut Found,
 ) {
-    progress::set(Field::Phase, 3);
-    progress::set(Field::Blocks, 0);
     progress::set(Field::AllBlocks, own.len() as i64);
     // Targets that are merged, and targets that others are merged with.
     let (mut gone, mut kept) = (HashSet::new(), HashSet::new());

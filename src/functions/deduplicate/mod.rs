@@ -156,7 +156,8 @@ fn deduplicate_model(call: &Call) -> pg_sys::Datum {
     let mut halves = Halves::new(&rows, &metric, &options);
     halves.before(&mut trial);
     clock.phase(2, "reading blocks");
-    let found = candidates::find(&base, &trial.model().plan, &options.near, options.importance);
+    let compare = || clock.phase(3, "comparing blocks");
+    let found = candidates::find(&base, &trial.model().plan, &options.near, options.importance, compare);
     clock.phase(4, "trying merges");
     let outcome = halves.search(&mut trial, &found.merges, &options);
     let merges = &found.merges[..outcome.merged];
