@@ -250,7 +250,7 @@ impl<'a> Walk<'a> {
         if inputs != self.width || inputs == 0 || outputs == 0 {
             return None;
         }
-        rows.checked_mul(columns)?;
+        rows.checked_mul(columns)?.checked_mul(size_of::<f32>())?;
         self.layers.push(Layer { weights, transposed, inputs, outputs, bias: None, function: Function::Identity });
         self.width = outputs;
         self.closed = false;

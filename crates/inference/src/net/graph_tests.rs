@@ -24,6 +24,7 @@ fn a_net_of_linear_layers_is_recognised() {
     };
     assert_eq!(made.layers()[0], layer(0, 5, 48, Function::Relu));
     assert_eq!(made.layers()[3], layer(6, 48, 1, Function::Identity));
+    assert_eq!(made.largest_weights(), 48 * 48 * 4);
 }
 
 /// `x W + b`, with a change.
