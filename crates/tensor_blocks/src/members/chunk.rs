@@ -139,7 +139,10 @@ mod tests {
         Chunk {
             names: ["", "a", "a/b", "zellé"].map(str::to_owned).to_vec(),
             places: (0..12).map(|n| Place { block: n * 1_000_003, at: (n * 5000) as u16 }).collect(),
-            recipes: vec![(1, Recipe { content: [1; 32], data: [2; 32] }), (3, Recipe { content: [3; 32], data: [4; 32] })],
+            recipes: vec![
+                (1, Recipe { content: [1; 32], data: [2; 32] }),
+                (3, Recipe { content: [3; 32], data: [4; 32] }),
+            ],
         }
     }
 
