@@ -184,6 +184,35 @@ impl Store {
     }
 }
 
+/// A store in which contents are looked up, and nothing is changed.
+pub struct Contents {
+    rel: OpenRelation,
+    indexes: ToastIndexes,
+    key: [u8; 32],
+}
+
+impl Contents {
+    /// Of the store `toast_oid`; `None` if it is empty.
+    pub fn of(toast_oid: pg_sys::Oid) -> Option<Contents> {
+        if toast_oid == pg_sys::InvalidOid {
+            return None;
+        }
+        let rel = OpenRelation::table(toast_oid, pg_sys::AccessShareLock);
+        let key = locators::read_meta(rel.raw())?.hash_key;
+        let indexes = ToastIndexes::open(rel.raw(), pg_sys::AccessShareLock);
+        Some(Contents { rel, indexes, key })
+    }
+
+    /// True if a live block has this content now. It may be gone when it is asked for.
+    pub fn have(&self, hash: &Hash, raw_len: u32) -> bool {
+        let is_it = |tid| {
+            let locator = locators::find(self.rel.raw(), directory::block_id_of(tid))?;
+            (locator.state() == Some(State::Live) && locator.hash == *hash && locator.raw_len == raw_len).then_some(())
+        };
+        self.indexes.find(directory::chunk_id(&self.key, hash), is_it).is_some()
+    }
+}
+
 /// Copies bytes `offset ..` of block `block_id`, as it is seen from outside, into `out`: of the value if its form is small, else
 /// of what is stored.
 ///
