@@ -182,6 +182,7 @@ class Steps:
             "ALTER TABLE {t} ALTER blk SET STORAGE " + self.dice.choice(["EXTERNAL", "EXTENDED"]),
             "ALTER TABLE {t} SET ACCESS METHOD {other_am}", "ALTER TABLE {t} SET ACCESS METHOD {am}",
             "ALTER TABLE {t} SET ACCESS METHOD {am}", "CLUSTER {t} USING {t}_pkey", "CLUSTER {t} USING {t}_group",
+            f"SET tessera.block_compression = {self.dice.choice(['huffman', 'none'])}",
             "REINDEX TABLE {t}", "ANALYZE {t}", *(["TRUNCATE {t}"] if self.dice.random() < 0.2 else []),
         ])
 

@@ -85,8 +85,13 @@ def test_rounds(crashing):
     assert load.committed() > 10 * ROUNDS, "too little was done to be interrupted"
 
 
-BLOCK = "array_fill((i + %s)::real, ARRAY[128, 128])::tensor_block"
-RIGHT = "SELECT count(*), count(*) FILTER (WHERE data::real[] = array_fill((id + seed)::real, ARRAY[128, 128])) FROM shrinking"
+def values(number: str) -> str:
+    """Elements of which not all are equal, and none fits float16: a block in a small form would take no space."""
+    return f"array_fill(({number} + 0.1)::real, ARRAY[127, 128]) || array_fill(({number} + 0.3)::real, ARRAY[128])"
+
+
+BLOCK = f"({values('i + %s')})::tensor_block"
+RIGHT = f"SELECT count(*), count(*) FILTER (WHERE data::real[] = {values('id + seed')}) FROM shrinking"
 
 
 def test_after_truncation(crashing):
@@ -98,7 +103,7 @@ def test_after_truncation(crashing):
     shrunk = 0
     for turn, last in enumerate(["VACUUM shrinking", "SELECT repack('shrinking')", "VACUUM FULL shrinking", "TRUNCATE shrinking"]):
         with crashing.connect() as conn:
-            conn.execute(f"INSERT INTO shrinking SELECT i, %s, {BLOCK} FROM generate_series(1, 200) AS i", (1000 * turn, 1000 * turn))
+            conn.execute(f"INSERT INTO shrinking SELECT i, %s, {BLOCK} FROM generate_series(1, 200) AS i", (1000 * turn,) * 3)
             conn.execute("CHECKPOINT")
             before = conn.execute(size).fetchone()[0]
             # Rows in the middle stay, so that a repack has something to move.
@@ -114,7 +119,7 @@ def test_after_truncation(crashing):
             assert conn.execute(RIGHT).fetchone() == (rows, rows)
             assert conn.execute(size).fetchone()[0] >= after
             assert problems(conn) == []
-            conn.execute(f"INSERT INTO shrinking SELECT i, %s, {BLOCK} FROM generate_series(1, 50) AS i", (1000 * turn + 300, 1000 * turn + 300))
+            conn.execute(f"INSERT INTO shrinking SELECT i, %s, {BLOCK} FROM generate_series(1, 50) AS i", (1000 * turn + 300,) * 3)
             assert conn.execute(RIGHT).fetchone() == (rows + 50, rows + 50)
             assert problems(conn) == []
     assert shrunk >= 3
@@ -122,7 +127,7 @@ def test_after_truncation(crashing):
 
 def test_unlogged_store(crashing):
     """An unlogged table is empty after a crash, and its store too; both are used again, and survive a clean stop."""
-    insert = f"INSERT INTO unlogged SELECT i, {BLOCK % 7} FROM generate_series(1, 30) AS i"
+    insert = f"INSERT INTO unlogged SELECT i, {BLOCK % (7, 7)} FROM generate_series(1, 30) AS i"
     with crashing.connect() as conn:
         conn.execute("DROP TABLE IF EXISTS unlogged")
         conn.execute("CREATE UNLOGGED TABLE unlogged (id int PRIMARY KEY, data tensor_block) USING tensor_block")
@@ -155,7 +160,7 @@ def test_minimal_wal(crashing):
             conn.execute("BEGIN")
             conn.execute("DROP TABLE IF EXISTS made")
             conn.execute("CREATE TABLE made (id int, data tensor_block) USING tensor_block")
-            conn.execute(f"INSERT INTO made SELECT i, {BLOCK % 0} FROM generate_series(1, 60) AS i")
+            conn.execute(f"INSERT INTO made SELECT i, {BLOCK % (0, 0)} FROM generate_series(1, 60) AS i")
             conn.execute("SAVEPOINT a")
             conn.execute("TRUNCATE made")
             conn.execute("ROLLBACK TO a")
@@ -167,12 +172,12 @@ def test_minimal_wal(crashing):
             conn.execute("COMMIT")
             conn.execute("DELETE FROM other WHERE id > 30")
             conn.execute("VACUUM FULL other")
-            conn.execute(f"INSERT INTO made SELECT i, {BLOCK % 0} FROM generate_series(61, 70) AS i")
+            conn.execute(f"INSERT INTO made SELECT i, {BLOCK % (0, 0)} FROM generate_series(61, 70) AS i")
         minimal.kill(minimal.postmaster())
         minimal.start()
         with minimal.connect() as conn:
             for table, rows in (("made", 70), ("other", 30)):
-                right = f"SELECT count(*) FROM {table} AS t (i, data) WHERE data::real[] = array_fill(i::real, ARRAY[128, 128])"
+                right = f"SELECT count(*) FROM {table} AS t (i, data) WHERE data::real[] = {values('i')}"
                 assert conn.execute(right).fetchone()[0] == rows
             assert problems(conn) == []
     minimal.stop()

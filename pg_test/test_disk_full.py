@@ -17,7 +17,8 @@ from workload import problems
 FULL = bool(os.environ.get("TESSERA_FULL"))
 MAKE = """
 CREATE FUNCTION value(seed bigint, length int DEFAULT 16384) RETURNS tensor_block LANGUAGE sql IMMUTABLE AS
-    'SELECT array_fill(seed::real, ARRAY[length])::tensor_block';
+    -- Not all elements are equal, and float16 has none of them: what has a small form fills no disk.
+    'SELECT (array_fill((seed + 0.1)::real, ARRAY[length - 1]) || (seed + 0.3)::real)::tensor_block';
 CREATE TABLE t (id int PRIMARY KEY, data tensor_block) USING tensor_block;
 """
 INSERT = "INSERT INTO t SELECT i, value(i) FROM generate_series(%s::int, %s::int) AS i"

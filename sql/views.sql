@@ -6,6 +6,9 @@ COMMENT ON FUNCTION tessera.block_id(bytea) IS 'number of the value''s block in 
 CREATE FUNCTION tessera.block_id(text) RETURNS bigint LANGUAGE c STABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'tessera_block_id';
 COMMENT ON FUNCTION tessera.block_id(text) IS 'number of the value''s block in its table''s block store; null for a value that lies in the row';
 
+CREATE FUNCTION tessera.stored_bytes(@extschema@.tensor_block) RETURNS bigint LANGUAGE c STABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'tessera_stored_bytes';
+COMMENT ON FUNCTION tessera.stored_bytes(@extschema@.tensor_block) IS 'bytes that the value takes where it lies: in its table''s block store, in the form in which it is stored there, or in the row';
+
 CREATE FUNCTION tessera.store_totals(relation regclass, OUT blocks_referenced bigint, OUT bytes_referenced bigint,
     OUT blocks_stored bigint, OUT bytes_stored bigint, OUT store_bytes bigint, OUT block_ids_left bigint)
     RETURNS record LANGUAGE c STABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'tessera_store_totals';
@@ -25,7 +28,7 @@ COMMENT ON VIEW tessera.storage IS 'per tensor_block table: references to blocks
 
 CREATE VIEW tessera.models AS
     WITH references_ AS MATERIALIZED (
-        SELECT t.model_version, tessera.block_id(w.data) AS block, pg_catalog.pg_column_size(w.data) AS bytes
+        SELECT t.model_version, tessera.block_id(w.data) AS block, tessera.stored_bytes(w.data) AS bytes
         FROM tessera.weight w JOIN tessera.tensor t ON t.id = w.tensor
     ), blocks AS (
         SELECT model_version, block, min(bytes) AS bytes FROM references_ WHERE block IS NOT NULL GROUP BY 1, 2
@@ -68,7 +71,7 @@ COMMENT ON VIEW tessera.model_outputs IS 'outputs of models: name, element type,
 
 CREATE VIEW tessera.tensors AS
     WITH references_ AS MATERIALIZED (
-        SELECT tensor, tessera.block_id(data) AS block, pg_catalog.pg_column_size(data) AS bytes FROM tessera.weight
+        SELECT tensor, tessera.block_id(data) AS block, tessera.stored_bytes(data) AS bytes FROM tessera.weight
     ), sharing AS (
         SELECT tensor, bytes, block, min(tensor) OVER (PARTITION BY block) <> max(tensor) OVER (PARTITION BY block) AS shared
         FROM references_

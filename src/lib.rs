@@ -21,6 +21,7 @@ mod table_am;
 pub extern "C-unwind" fn _PG_init() {
     pg::snapshot::init();
     cache::init();
+    store::settings::init();
     serving::settings::init();
     planner::init();
 }

@@ -148,8 +148,9 @@ fn read_elements(
         Place::Store(stand_in) => stand_in,
     };
     let there = locators::find(rel, stand_in.block_id);
-    if !there.is_some_and(|l| l.state() == Some(State::Live) && l.hash == block.hash && l.ext_info == stand_in.ext_info)
-    {
+    if !there.is_some_and(|l| {
+        l.state() == Some(State::Live) && l.hash == block.hash && l.reference(stand_in.block_id) == *stand_in
+    }) {
         return Err(Stale);
     }
     let head = Block::HEAD_OF_MATRIX;

@@ -7,6 +7,7 @@ mod merge;
 mod names;
 mod read;
 pub mod sets;
+mod twins;
 mod visible;
 mod write;
 
@@ -17,5 +18,6 @@ pub use names::{ModelSpec, check_name};
 pub use read::{
     TensorRow, VersionRow, estimate, graph, is_usable, read_tensor, resolve, signature_of_content, tensors,
 };
+pub use twins::twins;
 pub use visible::{versions, visible_contents};
 pub use write::{NewVersion, activate, check_owner, declare_rows, drop_model, drop_orphans, rename, store};

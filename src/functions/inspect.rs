@@ -3,11 +3,13 @@
 use crate::pg::fmgr::{Call, sql_functions};
 use crate::pg::relation::OpenRelation;
 use crate::pg::varlena;
+use crate::store::locators::{self, Finder};
+use crate::table_am;
 use crate::{pg::error, pg::interrupt, store};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
-sql_functions!(store_totals);
+sql_functions!(store_totals, stored_bytes);
 
 /// `tessera.store_totals(regclass)`: one row of counts, by a scan of the table's rows (not of its blocks).
 fn store_totals(call: &Call) -> pg_sys::Datum {
@@ -16,8 +18,8 @@ fn store_totals(call: &Call) -> pg_sys::Datum {
     check_readable(oid);
     let store_oid = open_store(table.raw());
     let store = (store_oid != pg_sys::InvalidOid).then(|| OpenRelation::table(store_oid, pg_sys::AccessShareLock));
-    let totals = store.map(|store| store::totals(store.raw()));
-    let (references, referenced_bytes) = count_references(table.raw(), store_oid);
+    let totals = store.as_ref().map(|store| store::totals(store.raw()));
+    let (references, referenced_bytes) = count_references(table.raw(), store.as_ref());
     let of = |count: fn(&store::Totals) -> u64| totals.as_ref().map_or(0, count) as i64;
     record(
         call,
@@ -30,6 +32,24 @@ fn store_totals(call: &Call) -> pg_sys::Datum {
             of(|t| t.ids_left),
         ],
     )
+}
+
+/// `tessera.stored_bytes(value)`: what the value takes in its block store, in the form that it has there, or in the row.
+fn stored_bytes(call: &Call) -> pg_sys::Datum {
+    let Some(datum) = call.datum(0) else { return call.null() };
+    let datum = datum.cast_mut_ptr();
+    // SAFETY: the SQL declaration admits tensor_block only, a varlena; a TOAST pointer is not followed.
+    let bytes = match unsafe { varlena::toast_pointer(datum) } {
+        Some((reference, oid)) => {
+            let toast = OpenRelation::table(oid, pg_sys::AccessShareLock);
+            // In a TOAST relation of another access method the value is as its pointer says.
+            let block = table_am::is_ours(&toast).then(|| locators::find(toast.raw(), reference.block_id)).flatten();
+            block.map_or_else(|| reference.stored_len(), |block| block.stored_len()) as usize
+        }
+        // SAFETY: as above.
+        None => unsafe { varlena::size_in_row(datum) },
+    };
+    pg_sys::Datum::from(bytes as i64)
 }
 
 /// The block store of an open table; `InvalidOid` if it has none. Tables of another access method are refused.
@@ -68,8 +88,10 @@ fn check_readable(oid: pg_sys::Oid) {
 }
 
 /// References from visible rows to the store, and the stored bytes that they stand for.
-fn count_references(table: pg_sys::Relation, store_oid: pg_sys::Oid) -> (u64, u64) {
+fn count_references(table: pg_sys::Relation, store: Option<&OpenRelation>) -> (u64, u64) {
     let (mut references, mut bytes) = (0u64, 0u64);
+    let Some(store) = store else { return (0, 0) };
+    let mut blocks = Finder::new(store.raw());
     // SAFETY: the table is open; scan and slot end below, or with the transaction on an ERROR.
     unsafe {
         let slot = pg_sys::table_slot_create(table, std::ptr::null_mut());
@@ -83,11 +105,11 @@ fn count_references(table: pg_sys::Relation, store_oid: pg_sys::Oid) -> (u64, u6
                     continue;
                 }
                 let value = (*(*slot).tts_values.add(i)).cast_mut_ptr();
-                if let Some((reference, store)) = varlena::toast_pointer(value)
-                    && store == store_oid
+                if let Some((reference, oid)) = varlena::toast_pointer(value)
+                    && oid == (*store.raw()).rd_id
                 {
                     references += 1;
-                    bytes += u64::from(reference.stored_len());
+                    bytes += blocks.find(reference.block_id).map_or(0, |block| u64::from(block.stored_len()));
                 }
             }
         }

@@ -14,7 +14,7 @@ use pgrx::prelude::*;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tensor_blocks::Tiling;
+use tensor_blocks::{Tiling, View};
 
 sql_functions!(load_model, load_model_from_file, load_model_from_large_object);
 
@@ -67,7 +67,7 @@ fn load(name: &str, model: &[u8], external: &mut dyn ExternalData, block_bytes: 
         Ok(())
     };
     let _activity = Activity::begin(Work::Load, None);
-    let stripped = onnx::strip(model, external, &mut check).unwrap_or_else(|e| error::raise_model(e));
+    let mut stripped = onnx::strip(model, external, &mut check).unwrap_or_else(|e| error::raise_model(e));
     let graph_hash = *blake3::hash(&stripped.graph).as_bytes();
     let content_hash = content_hash(&graph_hash, &stripped.tensors);
 
@@ -79,7 +79,7 @@ fn load(name: &str, model: &[u8], external: &mut dyn ExternalData, block_bytes: 
     let (signature, plan) = match catalog::signature_of_content(&content_hash) {
         Some(signature) => (signature, None),
         None => {
-            let plan = compile(&stripped, block_bytes as usize);
+            let plan = compile_with_twins(&mut stripped, block_bytes as usize);
             (describe(&plan), Some(plan))
         }
     };
@@ -111,6 +111,35 @@ pub(super) fn describe(plan: &Plan) -> serde_json::Value {
         fields.insert("flops_per_row".into(), plan.flops_per_row(USUAL_SIZE).into());
     }
     described
+}
+
+/// As [`compile`]. Tensors whose blocks are stored the other way round get that view, if the plan can use it: an operator that
+/// takes only one would have the tensor in its own memory.
+fn compile_with_twins(stripped: &mut onnx::Stripped<'_>, block_bytes: usize) -> Arc<Plan> {
+    let mut twins = catalog::twins(&stripped.tensors, block_bytes);
+    loop {
+        exchange_views(stripped, &mut twins);
+        let plan = compile(stripped, block_bytes);
+        let is_used = |&(place, _): &(usize, View)| {
+            let tensor = &stripped.tensors[place];
+            let mut stored = plan.stored_tensors().iter();
+            stored.any(|it| it.ordinal == tensor.ordinal && it.tiling.view() == tensor.view)
+        };
+        if twins.iter().all(is_used) {
+            return plan;
+        }
+        let used: Vec<bool> = twins.iter().map(is_used).collect();
+        exchange_views(stripped, &mut twins);
+        let mut used = used.into_iter();
+        twins.retain(|_| used.next() == Some(true));
+    }
+}
+
+/// Exchanges the views of tensors, by their places, with those beside them.
+fn exchange_views(stripped: &mut onnx::Stripped<'_>, views: &mut [(usize, View)]) {
+    for (place, view) in views {
+        std::mem::swap(&mut stripped.tensors[*place].view, view);
+    }
 }
 
 fn compile(stripped: &onnx::Stripped<'_>, block_bytes: usize) -> Arc<Plan> {

@@ -74,11 +74,13 @@ fn store_blocks(call: &Call) -> pg_sys::Datum {
             None => "unknown",
         };
         let compressed = locator.stored_len() < locator.raw_len;
-        let method = match (compressed, locator.ext_info >> 30) {
-            (false, _) => None,
-            (true, 0) => Some("pglz"),
-            (true, 1) => Some("lz4"),
-            (true, _) => Some("unknown"),
+        let method = match (locator.encoding(), compressed, locator.ext_info >> 30) {
+            (None, ..) => Some("unknown"),
+            (Some(encoding), ..) if !encoding.is_plain() => encoding.name(),
+            (_, false, _) => None,
+            (_, true, 0) => Some("pglz"),
+            (_, true, 1) => Some("lz4"),
+            (_, true, _) => Some("unknown"),
         };
         rows.push(&[
             number(id),

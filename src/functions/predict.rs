@@ -53,9 +53,13 @@ fn predict_rows<T: Element>(spec: &str, dims: &[usize], values: &[T]) -> pg_sys:
         && let Some((rows, width)) = rows_of(dims)
         && rows > 0
     {
-        // Rows run straight on the member's parameters.
-        let input = from_rows(port, rows, width, values).unwrap_or_else(|e| error::raise_model(e));
-        let out = set.predict_one(member, &floats_of(&input));
+        // Rows run straight on the member's parameters, all at once whatever the graph says of their number.
+        let mut x = Vec::with_capacity(values.len());
+        for row in 0..rows {
+            let values = &values[row * width..(row + 1) * width];
+            x.extend(floats_of(&from_rows(port, 1, width, values).unwrap_or_else(|e| error::raise_model(e))));
+        }
+        let out = set.predict_one(member, &x);
         let width = out.len() / rows;
         return if dims.len() < 2 { array::from_f32(&[width], &out) } else { array::from_f32(&[rows, width], &out) };
     }

@@ -1,7 +1,7 @@
 //! What must hold in a block store, looked at block by block.
 
 use super::format::{HEAD_PAGES, Locator, State, position_of};
-use super::{directory, locators, payload, tree, value_hash};
+use super::{directory, locators, payload, small, tree, value_hash};
 use crate::pg::toast_index::ToastIndexes;
 use crate::pg::varlena;
 use crate::pg::{interrupt, relation};
@@ -9,7 +9,7 @@ use pgrx::pg_sys;
 use std::collections::{HashMap, HashSet};
 use tensor_blocks::Block;
 
-/// Blocks that rows may reference: id to `(ext_info, raw_len)`.
+/// Blocks that rows may reference: id to the `(ext_info, raw_len)` of their references.
 pub type LiveBlocks = HashMap<u32, (u32, u32)>;
 
 /// Calls `report(problem, block id, detail)` for each broken invariant of the store `rel`, and returns its live blocks.
@@ -56,7 +56,7 @@ pub fn check(rel: pg_sys::Relation, report: &mut dyn FnMut(&str, Option<u32>, St
         if state != State::Live {
             continue;
         }
-        live.insert(id, (locator.ext_info, locator.raw_len));
+        live.insert(id, (locator.reference(id).ext_info, locator.raw_len));
         if let Some(other) = contents.insert((locator.hash, locator.raw_len), id) {
             report("duplicate content", Some(id), format!("Block {other} has the same hash."));
         }
@@ -104,7 +104,12 @@ pub fn check(rel: pg_sys::Relation, report: &mut dyn FnMut(&str, Option<u32>, St
 
 /// What is wrong with the stored bytes of a block; `None` if they have the locator's hash.
 fn hash_fault(locator: &Locator, stored: &[u8]) -> Option<String> {
-    let plain = if locator.stored_len() < locator.raw_len {
+    let plain = if locator.encoding != 0 {
+        match small::value(locator, stored) {
+            Ok(plain) => plain,
+            Err(message) => return Some(message),
+        }
+    } else if locator.stored_len() < locator.raw_len {
         match varlena::decompress(stored, locator.raw_len) {
             Ok(plain) => plain,
             Err(message) => return Some(message),

@@ -1,4 +1,4 @@
-//! Blocks from one store to another, under their ids: for VACUUM FULL and CLUSTER.
+//! Blocks from one store to another, under their ids and as they are stored: for VACUUM FULL and CLUSTER.
 
 use super::format::{Locator, State};
 use super::{Marks, Payload, Store, locators, payload};
@@ -38,9 +38,19 @@ pub fn copy_blocks(
         interrupt::check();
         bytes.resize(locator.stored_len() as usize, 0);
         payload::read(from, locator.page, u64::from(locator.offset), &mut bytes);
-        let payload = Payload { stored: Cow::Borrowed(&bytes), method: locator.ext_info >> 30 };
+        let Some(encoding) = locator.encoding() else { unknown_form(id, locator.encoding) };
+        let payload = Payload { stored: Cow::Borrowed(&bytes), method: locator.ext_info >> 30, encoding };
         store.put_as(id, &locator.hash, locator.raw_len, payload);
     }
+}
+
+fn unknown_form(id: u32, code: u8) -> ! {
+    error::raise(
+        PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
+        format!("block {id} is stored in form {code}, which is not known"),
+        "",
+        "The table is damaged, or was written by a newer version: use that, or restore the table from a backup.",
+    )
 }
 
 fn missing(id: u32) -> ! {

@@ -4,6 +4,8 @@
 //! version come first; fields that a later version retires keep their place and name.
 
 use crate::pg::buffer::{PAGE_BYTES, PAGE_HEADER};
+use crate::pg::varlena::StandIn;
+use tensor_blocks::encoding::Encoding;
 
 /// 'TSRA', the first bytes of a metapage behind the page header.
 pub const META_MAGIC: u32 = u32::from_le_bytes(*b"TSRA");
@@ -104,14 +106,19 @@ pub struct Locator {
     pub page: u32,
     /// Offset of that byte behind the page's header.
     pub offset: u32,
-    /// Stored bytes (low 30 bits) and compression method, as `va_extinfo`. 0: no such block.
+    /// Stored bytes (low 30 bits) and compression method, as `va_extinfo`. 0: no such block. What rows say of a block in a
+    /// small form is another thing: see [`Locator::reference`].
     pub ext_info: u32,
     /// Bytes of the value without its header, decompressed.
     pub raw_len: u32,
     /// Counts moves of the payload: who copies re-reads it and tries again if it changed.
     pub version: u32,
     /// [`State`]: 0 live, 1 reserved, 2 dying.
-    pub state: u32,
+    pub state: u8,
+    /// Code of the small form that is stored ([`Encoding`]), 0 for none.
+    pub encoding: u8,
+    /// For later versions; zero.
+    pub reserved: u16,
     /// Full transaction id since which no row references the block; 0: not condemned.
     pub condemn_xid: u64,
 }
@@ -209,6 +216,19 @@ impl Locator {
         self.ext_info & ((1 << 30) - 1)
     }
 
+    /// The small form in which the payload is stored; `None` for one that this version does not know.
+    pub fn encoding(&self) -> Option<Encoding> {
+        Encoding::from_code(self.encoding)
+    }
+
+    /// What rows say of this block, number `block_id`. A small form is the store's own affair: to the world outside such a
+    /// block is stored as it is, so that slices of it can be asked for, and its rows are the same in a copy that has it in
+    /// another form.
+    pub fn reference(&self, block_id: u32) -> StandIn {
+        let ext_info = if self.encoding == 0 { self.ext_info } else { self.raw_len };
+        StandIn { raw_len: self.raw_len, block_id, ext_info }
+    }
+
     /// What the block is; `None` for a locator without a block, or with a state that this version does not know.
     pub fn state(&self) -> Option<State> {
         match (self.stored_len(), self.state) {
@@ -230,8 +250,18 @@ impl Locator {
     }
 
     /// No block.
-    pub const NONE: Locator =
-        Locator { hash: [0; 32], page: 0, offset: 0, ext_info: 0, raw_len: 0, version: 0, state: 0, condemn_xid: 0 };
+    pub const NONE: Locator = Locator {
+        hash: [0; 32],
+        page: 0,
+        offset: 0,
+        ext_info: 0,
+        raw_len: 0,
+        version: 0,
+        state: 0,
+        encoding: 0,
+        reserved: 0,
+        condemn_xid: 0,
+    };
 
     /// Content positions that the payload takes.
     pub fn range(&self) -> std::ops::Range<u64> {
@@ -250,7 +280,9 @@ impl Locator {
             ext_info: r.u32(),
             raw_len: r.u32(),
             version: r.u32(),
-            state: r.u32(),
+            state: r.u8(),
+            encoding: r.u8(),
+            reserved: r.u16(),
             condemn_xid: r.u64(),
         }
     }
@@ -260,9 +292,11 @@ impl Locator {
         let at = PAGE_HEADER + MAP_HEADER + slot as usize * LOCATOR_BYTES;
         let mut w = Writer(&mut page[at..at + LOCATOR_BYTES]);
         w.put(&self.hash);
-        for v in [self.page, self.offset, self.ext_info, self.raw_len, self.version, self.state] {
+        for v in [self.page, self.offset, self.ext_info, self.raw_len, self.version] {
             w.put(&v.to_le_bytes());
         }
+        w.put(&[self.state, self.encoding]);
+        w.put(&self.reserved.to_le_bytes());
         w.put(&self.condemn_xid.to_le_bytes());
     }
 }
@@ -457,6 +491,9 @@ impl Reader<'_> {
         let (head, tail) = self.0.split_at(N);
         self.0 = tail;
         head.try_into().expect("split at N")
+    }
+    fn u8(&mut self) -> u8 {
+        u8::from_le_bytes(self.array())
     }
     fn u16(&mut self) -> u16 {
         u16::from_le_bytes(self.array())

@@ -43,7 +43,9 @@ fn locators_do_not_touch_their_neighbours() {
         ext_info: n + 2,
         raw_len: n + 3,
         version: n + 4,
-        state: 0,
+        state: (n % 3) as u8,
+        encoding: n as u8,
+        reserved: n as u16 * 9,
         condemn_xid: u64::from(n) << 40,
     };
     for slot in 0..LOCATORS {
@@ -62,4 +64,13 @@ fn paths_are_unique_and_in_range() {
         assert!((p.root as usize) < ROOTS && p.upper < MAP_FANOUT && p.lower < MAP_FANOUT && p.slot < LOCATORS);
         assert!(seen.insert((p.root, p.upper, p.lower, p.slot)), "{id}");
     }
+}
+
+#[test]
+fn a_row_says_of_a_block_what_is_there_unless_its_form_is_small() {
+    let locator = Locator { ext_info: 77 | 1 << 30, raw_len: 100, ..Locator::NONE };
+    assert_eq!(locator.reference(7), StandIn { raw_len: 100, block_id: 7, ext_info: 77 | 1 << 30 });
+    let small = Locator { ext_info: 14, encoding: 1, ..locator };
+    assert_eq!(small.reference(7), StandIn { raw_len: 100, block_id: 7, ext_info: 100 });
+    assert_eq!((small.stored_len(), Locator { encoding: 99, ..small }.encoding()), (14, None));
 }

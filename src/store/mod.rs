@@ -22,6 +22,8 @@ pub mod marks;
 pub mod payload;
 pub mod repack;
 pub mod reserve;
+pub mod settings;
+mod small;
 mod space;
 pub mod sweep;
 pub mod tree;
@@ -36,6 +38,7 @@ pub use marks::Marks;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::borrow::Cow;
+use tensor_blocks::encoding::Encoding;
 pub use uses::Uses;
 
 /// Identity of a value's decompressed bytes: `tensor_blocks::block_hash` of a block, [`value_hash`] of any other value.
@@ -55,6 +58,8 @@ pub struct Payload<'a> {
     pub stored: Cow<'a, [u8]>,
     /// Compression method id; 0 for none, which is told from pglz by the length.
     pub method: u32,
+    /// The small form that the bytes are.
+    pub encoding: Encoding,
 }
 
 /// A block store that is open for writing.
@@ -109,7 +114,8 @@ impl Store {
     fn add(&self, hash: &Hash, raw_len: u32, chunk_id: u32, payload: Payload<'_>, given: Option<u32>) -> StandIn {
         let rel = self.rel.raw();
         let ext_info = payload.stored.len() as u32 | payload.method << 30;
-        let at = locators::reserve(rel, Locator { hash: *hash, ext_info, raw_len, ..Locator::NONE }, given);
+        let locator = Locator { hash: *hash, ext_info, raw_len, encoding: payload.encoding.code(), ..Locator::NONE };
+        let at = locators::reserve(rel, locator, given);
         fault::point("store after reserve");
         payload::write(rel, at.page, at.offset, &payload.stored);
         fault::point("store after payload");
@@ -118,15 +124,14 @@ impl Store {
         self.keep(at.block_id, hash, true);
         // Aborted insertions count as dead: so autovacuum learns of blocks that no row came to reference.
         relation::count_insertion(rel);
-        StandIn { raw_len, block_id: at.block_id, ext_info }
+        locator.reference(at.block_id)
     }
 
     /// True if a reference that some row has may be stored again: the block is there, with this size. A condemnation is
     /// taken back.
     pub fn holds(&self, reference: &StandIn) -> bool {
         locators::find(self.rel.raw(), reference.block_id).is_some_and(|l| {
-            l.ext_info == reference.ext_info
-                && l.raw_len == reference.raw_len
+            l.reference(reference.block_id) == *reference
                 && l.state() == Some(State::Live)
                 && (l.condemn_xid == 0 || self.keep(reference.block_id, &l.hash, false))
         })
@@ -147,7 +152,7 @@ impl Store {
                 Some(State::Reserved) => locked && self.keep(block_id, hash, true),
                 _ => false,
             };
-            ready.then_some(StandIn { raw_len, block_id, ext_info: locator.ext_info })
+            ready.then(|| locator.reference(block_id))
         })
     }
 
@@ -171,7 +176,7 @@ impl Store {
     /// The block with the content of block `block_id` of another store, if this one has it: nothing is read but locators.
     pub fn find_like(&self, other: pg_sys::Relation, reference: &StandIn) -> Option<StandIn> {
         let theirs = locators::find(other, reference.block_id)?;
-        if theirs.state() != Some(State::Live) || theirs.ext_info != reference.ext_info {
+        if theirs.state() != Some(State::Live) || theirs.reference(reference.block_id) != *reference {
             return None;
         }
         let chunk_id = directory::chunk_id(&self.key, &theirs.hash);
@@ -179,11 +184,41 @@ impl Store {
     }
 }
 
-/// Copies stored bytes `offset ..` of block `block_id` into `out`.
+/// A store in which contents are looked up, and nothing is changed.
+pub struct Contents {
+    rel: OpenRelation,
+    indexes: ToastIndexes,
+    key: [u8; 32],
+}
+
+impl Contents {
+    /// Of the store `toast_oid`; `None` if it is empty.
+    pub fn of(toast_oid: pg_sys::Oid) -> Option<Contents> {
+        if toast_oid == pg_sys::InvalidOid {
+            return None;
+        }
+        let rel = OpenRelation::table(toast_oid, pg_sys::AccessShareLock);
+        let key = locators::read_meta(rel.raw())?.hash_key;
+        let indexes = ToastIndexes::open(rel.raw(), pg_sys::AccessShareLock);
+        Some(Contents { rel, indexes, key })
+    }
+
+    /// True if a live block has this content now. It may be gone when it is asked for.
+    pub fn have(&self, hash: &Hash, raw_len: u32) -> bool {
+        let is_it = |tid| {
+            let locator = locators::find(self.rel.raw(), directory::block_id_of(tid))?;
+            (locator.state() == Some(State::Live) && locator.hash == *hash && locator.raw_len == raw_len).then_some(())
+        };
+        self.indexes.find(directory::chunk_id(&self.key, hash), is_it).is_some()
+    }
+}
+
+/// Copies bytes `offset ..` of block `block_id`, as it is seen from outside, into `out`: of the value if its form is small, else
+/// of what is stored.
 ///
-/// `stored_len` is what the reference says of the block; an ERROR is raised if the store disagrees or has no such block,
+/// `len` is how many the reference says that it has; an ERROR is raised if the store disagrees or has no such block,
 /// so that a stale reference fails cleanly and never shows another tensor.
-pub fn fetch(rel: pg_sys::Relation, block_id: u32, stored_len: u32, offset: u32, out: &mut [u8]) {
+pub fn fetch(rel: pg_sys::Relation, block_id: u32, len: u32, offset: u32, out: &mut [u8]) {
     if out.is_empty() {
         return;
     }
@@ -193,22 +228,50 @@ pub fn fetch(rel: pg_sys::Relation, block_id: u32, stored_len: u32, offset: u32,
             no_such_block(rel, block_id)
         };
         let end = u64::from(offset) + out.len() as u64;
-        if locator.stored_len() != stored_len || end > u64::from(stored_len) {
+        let there = locator.reference(block_id).stored_len();
+        if there != len || end > u64::from(len) {
             error::raise(
                 PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
-                format!("block {block_id} has {} bytes where a row expects {stored_len}", locator.stored_len()),
+                format!("block {block_id} has {there} bytes where a row expects {len}"),
                 &format!("Bytes {offset} to {end} were asked for."),
                 "The table is damaged; restore it from a backup.",
             );
         }
-        let start = u64::from(locator.offset) + u64::from(offset);
-        payload::read(rel, locator.page, start, out);
+        let mut small = Vec::new();
+        if locator.encoding == 0 {
+            payload::read(rel, locator.page, u64::from(locator.offset) + u64::from(offset), out);
+        } else {
+            small = small_form(rel, block_id, &locator);
+        }
         // A block may be moved when pages are packed anew: what was copied counts only if the locator still says so.
         if place.read().is_some_and(|now| now.version == locator.version && now.page == locator.page) {
+            if locator.encoding != 0 {
+                small::slice(&locator, &small, offset as usize, out).unwrap_or_else(|e| no_small_form(block_id, &e));
+            }
             return;
         }
         interrupt::check();
     }
+}
+
+/// The stored bytes of a block in a small form.
+fn small_form(rel: pg_sys::Relation, block_id: u32, locator: &Locator) -> Vec<u8> {
+    let len = locator.stored_len();
+    if len >= locator.raw_len {
+        no_small_form(block_id, &format!("It has {len} bytes, and the block itself {}.", locator.raw_len));
+    }
+    let mut stored = vec![0; len as usize];
+    payload::read(rel, locator.page, u64::from(locator.offset), &mut stored);
+    stored
+}
+
+fn no_small_form(block_id: u32, detail: &str) -> ! {
+    error::raise(
+        PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
+        format!("the small form of block {block_id} is damaged"),
+        detail,
+        "check_store tells more; restore the table from a backup.",
+    )
 }
 
 /// Asks for the pages of a block to be read ahead, without waiting for them. Nothing happens for a block that is not there.

@@ -6,7 +6,8 @@ use crate::{pg::error, store};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
-/// `relation_fetch_toast_slice`: stored bytes `offset .. offset + length` of a block, behind the header of `result`.
+/// `relation_fetch_toast_slice`: bytes `offset .. offset + length` of a block, behind the header of `result`: of what is stored, or,
+/// where that is a small form, of the block itself. So `stored_len` is what the block's references say.
 #[pg_guard]
 pub unsafe extern "C-unwind" fn relation_fetch_toast_slice(
     store_rel: pg_sys::Relation,

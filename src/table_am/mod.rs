@@ -19,6 +19,8 @@ mod slot;
 mod toaster;
 mod vacuum;
 
+pub use routine::is_ours;
+
 #[cfg(any(test, feature = "pg_test"))]
 mod change_tests;
 #[cfg(any(test, feature = "pg_test"))]

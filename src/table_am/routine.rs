@@ -1,6 +1,7 @@
 //! The routine: heapam's, with the callbacks of this access method in place of those that differ.
 
 use super::{cluster, ddl, fetch, heapam, index_build, index_validate, modify, scan, slot, vacuum};
+use crate::pg::relation::OpenRelation;
 use once_cell::sync::OnceCell;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
@@ -68,6 +69,12 @@ unsafe extern "C-unwind" fn slot_callbacks(_rel: pg_sys::Relation) -> *const pg_
 pub extern "C-unwind" fn pg_finfo_tensor_block_handler() -> &'static pg_sys::Pg_finfo_record {
     const V1: pg_sys::Pg_finfo_record = pg_sys::Pg_finfo_record { api_version: 1 };
     &V1
+}
+
+/// True for a relation of this access method.
+pub fn is_ours(rel: &OpenRelation) -> bool {
+    // SAFETY: open relation.
+    ROUTINE.get().is_some_and(|routine| unsafe { (*rel.raw()).rd_tableam } == &raw const routine.0)
 }
 
 /// The handler of access method `tensor_block`.

@@ -11,6 +11,7 @@ use crate::store::{self, Payload, Store};
 use pgrx::pg_sys;
 use std::borrow::Cow;
 use tensor_blocks::Block;
+use tensor_blocks::encoding::{self, Encoding};
 
 /// `TOAST_TUPLE_THRESHOLD` of 8 kB pages (heaptoast.h): a quarter of a page.
 const ROW_THRESHOLD: usize = 2032;
@@ -137,12 +138,16 @@ impl Toaster {
             // The hash is of the decompressed bytes, so that equal values meet whatever form they come in.
             let plain = pg_sys::detoast_attr(datum);
             let raw = varlena::payload(plain);
-            let hash = match Block::decode(raw) {
-                Ok(block) if (*att).atttypid == self.block_type => block.hash().0,
-                _ => store::value_hash(raw),
-            };
+            let block = Block::decode(raw).ok().filter(|_| (*att).atttypid == self.block_type);
+            let hash = block.as_ref().map_or_else(|| store::value_hash(raw), |block| block.hash().0);
             let Some(store) = self.store() else { return value };
-            let stand_in = store.put(&hash, raw.len() as u32, || payload_of(datum, plain, raw, att));
+            let stand_in = store.put(&hash, raw.len() as u32, || {
+                let small = block.and_then(|_| encoding::encode(raw, store::settings::compression()));
+                match small {
+                    Some((encoding, stored)) => Payload { stored: Cow::Owned(stored), method: 0, encoding },
+                    None => payload_of(datum, plain, raw, att),
+                }
+            });
             copy_to_context(&stand_in.to_bytes())
         }
     }
@@ -179,7 +184,7 @@ impl Toaster {
     }
 }
 
-/// The form in which a value goes to the store: compressed where its storage asks for it and it pays, else as it is.
+/// The form in which a value without a small one goes to the store: compressed where its storage asks for it and it pays, else as it is.
 unsafe fn payload_of<'a>(
     datum: *mut pg_sys::varlena,
     plain: *mut pg_sys::varlena,
@@ -203,11 +208,11 @@ unsafe fn payload_of<'a>(
                 let bytes = std::slice::from_raw_parts(compressed.cast::<u8>().add(VARHDRSZ), len);
                 let info = u32::from_ne_bytes(bytes[..4].try_into().expect("a compressed value has this word"));
                 if len < raw.len() {
-                    return Payload { stored: Cow::Borrowed(bytes), method: info >> 30 };
+                    return Payload { stored: Cow::Borrowed(bytes), method: info >> 30, encoding: Encoding::PLAIN };
                 }
             }
         }
-        Payload { stored: Cow::Borrowed(raw), method: 0 }
+        Payload { stored: Cow::Borrowed(raw), method: 0, encoding: Encoding::PLAIN }
     }
 }
 

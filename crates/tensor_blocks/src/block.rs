@@ -19,6 +19,32 @@ const HEAD: usize = 4;
 /// Most dimensions of a block, as of an ONNX tensor in practice.
 const MAX_RANK: usize = 64;
 
+/// Element type, dims and what follows the head.
+fn parts(bytes: &[u8]) -> Result<(DType, &[[u8; 4]], &[u8]), BlockError> {
+    let &[version, dtype, rank, _] = bytes.first_chunk::<HEAD>().ok_or(BlockError::Truncated)?;
+    if version != VERSION {
+        return Err(BlockError::Version(version));
+    }
+    let dtype = DType::from_onnx(i32::from(dtype)).ok_or_else(|| BlockError::DType(dtype.to_string()))?;
+    let (shape, rest) = bytes[HEAD..].split_at_checked(4 * usize::from(rank)).ok_or(BlockError::Truncated)?;
+    Ok((dtype, shape.as_chunks().0, rest))
+}
+
+/// Element type, what follows the head, and the bytes that elements of that type in the head's shape take.
+pub(crate) fn split_head(bytes: &[u8]) -> Result<(DType, &[u8], u64), BlockError> {
+    let (dtype, shape, rest) = parts(bytes)?;
+    let shape = || shape.iter().map(|dim| u32::from_le_bytes(*dim));
+    if shape().len() > MAX_RANK {
+        return Err(BlockError::Rank(shape().len()));
+    }
+    Ok((dtype, rest, byte_len(dtype, shape()).ok_or_else(|| BlockError::Shape(shape().collect()))?))
+}
+
+/// Bytes of elements in this shape; none if that is beyond 64 bits.
+fn byte_len(dtype: DType, mut shape: impl Iterator<Item = u32>) -> Option<u64> {
+    dtype.byte_len(shape.try_fold(1u64, |n, dim| n.checked_mul(u64::from(dim)))?)
+}
+
 /// A block, borrowed from its binary form or made of parts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Block<'a> {
@@ -76,8 +102,7 @@ impl<'a> Block<'a> {
         if shape.len() > MAX_RANK {
             return Err(BlockError::Rank(shape.len()));
         }
-        let elements = shape.iter().try_fold(1u64, |n, &dim| n.checked_mul(u64::from(dim)));
-        let expected = elements.and_then(|n| dtype.byte_len(n)).ok_or_else(|| BlockError::Shape(shape.clone()))?;
+        let expected = byte_len(dtype, shape.iter().copied()).ok_or_else(|| BlockError::Shape(shape.clone()))?;
         if expected != data.len() as u64 {
             return Err(BlockError::Length { dtype: dtype.name(), shape, expected, found: data.len() });
         }
@@ -86,15 +111,8 @@ impl<'a> Block<'a> {
 
     /// Reads the binary form; the elements are borrowed.
     pub fn decode(bytes: &'a [u8]) -> Result<Block<'a>, BlockError> {
-        let &[version, dtype, rank, _] = bytes.first_chunk::<HEAD>().ok_or(BlockError::Truncated)?;
-        if version != VERSION {
-            return Err(BlockError::Version(version));
-        }
-        let dtype = DType::from_onnx(i32::from(dtype)).ok_or_else(|| BlockError::DType(dtype.to_string()))?;
-        let dims = 4 * usize::from(rank);
-        let (shape, data) = bytes[HEAD..].split_at_checked(dims).ok_or(BlockError::Truncated)?;
-        let shape = shape.chunks_exact(4).map(|dim| u32::from_le_bytes(dim.try_into().expect("four bytes"))).collect();
-        Block::new(dtype, shape, data)
+        let (dtype, shape, data) = parts(bytes)?;
+        Block::new(dtype, shape.iter().map(|dim| u32::from_le_bytes(*dim)).collect(), data)
     }
 
     /// The part of the binary form before the elements.

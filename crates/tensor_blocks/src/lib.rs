@@ -1,5 +1,5 @@
-//! Tensor blocks: element types, the tiling of tensors into blocks, the content hash of a block, near-duplicate search,
-//! page packing, and the parameters of models that come by the thousand.
+//! Tensor blocks: element types, the tiling of tensors into blocks, the content hash of a block, smaller forms of a block,
+//! near-duplicate search, page packing, and the parameters of models that come by the thousand.
 //!
 //! A tensor is seen as a matrix (a [`View`]), cut into rectangular tiles by a [`Tiling`], and each tile is a block
 //! whose identity is its [`block_hash`]. This crate knows nothing of PostgreSQL and nothing of ONNX files; only the
@@ -7,6 +7,7 @@
 
 mod block;
 mod dtype;
+pub mod encoding;
 mod hash;
 pub mod members;
 pub mod near;

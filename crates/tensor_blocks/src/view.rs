@@ -27,6 +27,15 @@ impl View {
         }
     }
 
+    /// The view of a tensor of this rank in which rows and columns of its matrix are exchanged; none if there is none.
+    pub const fn turned(self, rank: usize) -> Option<View> {
+        match (self, rank) {
+            (View::RowsByLast | View::RowsByFirst, 2) => Some(View::Transposed),
+            (View::Transposed, 2) => Some(View::RowsByLast),
+            _ => None,
+        }
+    }
+
     /// The view with this [`name`](View::name).
     pub fn from_name(name: &str) -> Option<View> {
         [View::RowsByLast, View::RowsByFirst, View::Transposed].into_iter().find(|view| view.name() == name)

@@ -57,28 +57,40 @@ fn train_model_set(call: &Call) -> pg_sys::Datum {
         signature: sets::architecture(parent.row.architecture).signature,
         training: Some(serde_json::to_value(&training).unwrap_or_default()),
     });
-    let mut reader = Reader::default();
+    let (mut reader, path) = (Reader::default(), path_of(&training));
     for member in &wanted {
         crate::pg::interrupt::check();
         let found = parent.need(member);
         let base = recovered(&parent, found, member, &mut reader);
-        let data = fingerprint(&training, member);
-        let content = content_of(&parent.shared, &run(&training, member, &base), member);
-        if verify {
-            let again = content_of(&parent.shared, &run(&training, member, &base), member);
-            if again != content || fingerprint(&training, member) != data {
-                error::raise(
-                    PgSqlErrorCode::ERRCODE_EXTERNAL_ROUTINE_INVOCATION_EXCEPTION,
-                    format!("training member \"{member}\" twice gives two models"),
-                    "The function, or the order of the query's rows, is not deterministic, so the member could not be trained again.",
-                    "Use a fixed seed and ORDER BY, or save the trained members with save_model_set.",
-                );
-            }
-        }
-        making.add_recipe(member, parent.places(found), Recipe { content, data });
+        // As it will be when the member is recovered, so that what is not allowed then fails now.
+        let recipe =
+            identity::as_role(identity::current_user(), &path, |_| train(&training, &parent, member, &base, verify));
+        making.add_recipe(member, parent.places(found), recipe);
     }
     making.finish();
     pg_sys::Datum::from(wanted.len() as i64)
+}
+
+/// Trains a member, for the first time.
+fn train(training: &Training, parent: &OpenSet, member: &str, base: &[u8], verify: bool) -> Recipe {
+    let data = fingerprint(training, member);
+    let content = content_of(&parent.shared, &run(training, member, base), member);
+    if verify {
+        let again = content_of(&parent.shared, &run(training, member, base), member);
+        if again != content || fingerprint(training, member) != data {
+            error::raise(
+                PgSqlErrorCode::ERRCODE_EXTERNAL_ROUTINE_INVOCATION_EXCEPTION,
+                format!("training member \"{member}\" twice gives two models"),
+                "The function, or the order of the query's rows, is not deterministic, so the member could not be trained again.",
+                "Use a fixed seed and ORDER BY, or save the trained members with save_model_set.",
+            );
+        }
+    }
+    Recipe { content, data }
+}
+
+fn path_of(training: &Training) -> CString {
+    CString::new(training.search_path.as_str()).unwrap_or_default()
 }
 
 /// Trains a member again, and makes sure that it comes out as it did.
@@ -104,8 +116,7 @@ pub(super) fn again(set: &Rc<OpenSet>, member: &str, recipe: &Recipe, reader: &m
     if recipe.is_inherited() {
         return base;
     }
-    let path = CString::new(training.search_path.as_str()).unwrap_or_default();
-    identity::as_role(owner_of(set), &path, |_| {
+    identity::as_role(owner_of(set), &path_of(&training), |_| {
         if fingerprint(&training, member) != recipe.data {
             changed(
                 set,

@@ -114,3 +114,49 @@ fn convolutions() {
         check("Conv", graph(vec![input], vec![output], nodes, weights), &[0, 16, 9, 9], (0, 0), &[2, 3, 9]);
     }
 }
+
+/// Of tensors that are stored as the transpose of what others are, with at least eight rows and columns in each block.
+#[test]
+fn a_product_has_the_same_bits_whichever_way_its_matrix_lies() {
+    let mut random = Random::new(51);
+    let cancel = Arc::new(AtomicBool::new(false));
+    let bits = |tensor: &HostTensor| -> Vec<u32> { tensor.to_f32().unwrap().iter().map(|v| v.to_bits()).collect() };
+    for (k, n) in [(64, 64), (200, 72), (136, 40), (8, 700), (700, 8), (300, 333)] {
+        let values = random.values(k * n);
+        for op in ["MatMul", "Gemm"] {
+            let made = graph(
+                vec![info("x", FLOAT, &[N("n"), S(k as i64)])],
+                vec![info("y", FLOAT, &[N("n"), S(n as i64)])],
+                match op {
+                    "MatMul" => vec![node("MatMul", &["x", "w"], &["y"])],
+                    _ => vec![node("Gemm", &["x", "w"], &["y"]).int("transB", 1)],
+                },
+                vec![floats("w", &if op == "MatMul" { [k as i64, n as i64] } else { [n as i64, k as i64] }, &values)],
+            );
+            let bytes = model(made).encode_to_vec();
+            let stripped = strip(&bytes, &mut NoExternalData, &mut || Ok(())).unwrap();
+            let tensor = &stripped.tensors[0];
+            let turned = tensor.view.turned(2).unwrap();
+            let plans = [tensor.view, turned].map(|view| {
+                let tiling = Tiling::new(&tensor.dims, view, tensor.dtype, 16 << 10).unwrap();
+                let options = CompileOptions { inline_tensor_bytes: 4 << 10, ..CompileOptions::default() };
+                let mut fetch = |_: u32, _: &mut Vec<u8>| Err(ModelError::internal("it is stored"));
+                let tilings = [Some(tiling)];
+                let plan = Plan::compile_on_blocks(&stripped.graph, &mut fetch, &tilings, &options, &mut || false);
+                let plan = plan.unwrap();
+                assert_eq!(plan.stored_tensors()[0].tiling.view(), view);
+                let mut blocks = PrivateBlocks::new();
+                blocks.add(&plan.stored_tensors()[0], &tensor.data).unwrap();
+                (plan, Arc::new(blocks))
+            });
+            for m in [1, 2, 5, 31, 100] {
+                let x = random.values(m * k);
+                let [plain, turned] = plans.each_ref().map(|(plan, blocks)| {
+                    let given = vec![("x".to_owned(), HostTensor::from_f32(&[m, k], &x).unwrap())];
+                    bits(&plan.run_on_blocks(given, blocks.clone(), &cancel).unwrap()[0].1)
+                });
+                assert!(plain == turned, "{op}, {m} x {k} x {n}");
+            }
+        }
+    }
+}
