@@ -598,7 +598,8 @@ def test_progress(task):
     with task.base.connect(row_factory=psycopg.rows.dict_row) as watch:
         conn = task.base.connect()
         pid, seen = conn.info.backend_pid, []
-        run = Background(deduplicate, conn, "b", "SELECT x, label FROM v, generate_series(1, 50)")
+        query = "SELECT x, label FROM v, generate_series(1, 30)"
+        run = Background(lambda: deduplicate(conn, "b", query, step=2, max_drop=1))
         while run.waits(0.001):
             seen += [row for row in watch.execute("SELECT * FROM tessera.progress").fetchall() if row["pid"] == pid]
         assert run.result()["version"] == 2
