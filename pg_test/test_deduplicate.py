@@ -553,6 +553,27 @@ def test_the_model_is_changed_meanwhile(task):
         assert other.execute("SELECT * FROM check_store('tessera.weight')").fetchall() == []
 
 
+@pytest.mark.parametrize("change", ["drop_model('b')", "drop_model('a')", "load_model('b', export_model('a'))", "deduplicate_model('b', $q$SELECT x, label FROM v$q$)"])
+def test_a_metric_that_changes_models(task, change):
+    """It ends with a whole model or an error that says what has happened, and no row of it is left half done."""
+    conn = task.conn
+    conn.execute(f"""CREATE FUNCTION meddles(p real[], l int) RETURNS float8 LANGUAGE plpgsql AS $$
+        BEGIN
+            IF current_setting('test.done', true) IS DISTINCT FROM 'yes' THEN
+                PERFORM set_config('test.done', 'yes', false);
+                PERFORM {change};
+            END IF;
+            RETURN 1;
+        END $$""")
+    try:
+        report = deduplicate(conn, metric="meddles", max_drop=1)
+        assert change == "drop_model('a')" and report["version"] in (2, None)
+    except (errors.UndefinedObject, errors.ObjectNotInPrerequisiteState):
+        assert "'b'" in change
+        assert conn.execute("SELECT max(version) FROM tessera.models WHERE name = 'b'").fetchone() == (1,)
+    assert_whole(conn, task)
+
+
 def test_rows_that_change_meanwhile_change_nothing(task):
     with task.base.connect() as other:
         session = held_up(task, other)

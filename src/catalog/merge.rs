@@ -68,12 +68,7 @@ pub fn store_merged(spec: &ModelSpec<'_>, base: &VersionRow, content_hash: [u8; 
         )?;
         let kept: Option<i32> = if kept.is_empty() { None } else { kept.first().get_one()? };
         if kept.is_none() || (spec.version.is_none() && model.active != kept) {
-            error::raise(
-                PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-                format!("model \"{}\" was changed while it was deduplicated", spec.name),
-                "The version that was deduplicated is no longer the active one, or was dropped.",
-                "Run deduplicate_model again.",
-            );
+            changed(spec.name)
         }
         let version = model.next_version(spec.name);
         lock_object(c"graph", &base.graph_hash, pg_sys::ShareLock, true);
@@ -112,6 +107,16 @@ pub fn store_merged(spec: &ModelSpec<'_>, base: &VersionRow, content_hash: [u8; 
         )?;
         Ok(version)
     })
+}
+
+/// Raises the ERROR for a model that has changed since the version to deduplicate was looked up.
+pub fn changed(name: &str) -> ! {
+    error::raise(
+        PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+        format!("model \"{name}\" was changed while it was deduplicated"),
+        "The version that was deduplicated is no longer the active one, or was dropped.",
+        "Run deduplicate_model again.",
+    )
 }
 
 /// Gives version `to` the blocks of version `from` that are not replaced. Returns their number.

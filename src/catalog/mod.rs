@@ -13,7 +13,7 @@ mod write;
 
 pub use blocks::{BlockRef, OpenWeights, block_refs, prefetch_block, read_block, read_set_block, set_block};
 pub use content::ContentHash;
-pub use merge::{Merge, merged_content, store_merged};
+pub use merge::{Merge, changed, merged_content, store_merged};
 pub use names::{ModelSpec, check_name};
 pub use read::{
     TensorRow, VersionRow, estimate, graph, is_usable, read_tensor, resolve, signature_of_content, tensors,

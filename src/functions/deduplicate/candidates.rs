@@ -74,11 +74,18 @@ struct Own {
 /// How often the blocks of the model's tensors occur in all models, and at which ordinal.
 type Uses = HashMap<[u8; 32], (u32, u64)>;
 
-/// Looks for near duplicates of the blocks that `plan` keeps out of itself. Calls `indexed` when all blocks have been read, and are
-/// to be compared.
+/// Looks for near duplicates of the blocks that `plan` keeps out of itself, in `versions`, as [`catalog::versions`] gives them.
+/// Calls `indexed` when all blocks have been read, and are to be compared.
 ///
 /// Errors: `program_limit_exceeded` if the index does not fit in maintenance_work_mem; those of damaged tables.
-pub fn find(base: &VersionRow, plan: &Plan, options: &NearOptions, how: Importance, indexed: impl FnOnce()) -> Found {
+pub fn find(
+    base: &VersionRow,
+    versions: &[(i64, bool)],
+    plan: &Plan,
+    options: &NearOptions,
+    how: Importance,
+    indexed: impl FnOnce(),
+) -> Found {
     let weights = OpenWeights::open();
     let on_trial: HashSet<u32> = plan.stored_tensors().iter().map(|tensor| tensor.ordinal).collect();
     let mut found = Found::default();
@@ -95,7 +102,7 @@ pub fn find(base: &VersionRow, plan: &Plan, options: &NearOptions, how: Importan
             uses.insert(block.hash, (ordinal, 0));
         }
     }
-    let (tensors, targets) = targets(base, &weights, &kinds, &mut uses);
+    let (tensors, targets) = targets(base, versions, &weights, &kinds, &mut uses);
     let (indexes, mut own) = index(&weights, &tensors, &targets, &uses, options, how);
     found.shared = found.blocks - found.skipped - own.len() as u64;
     indexed();
@@ -108,13 +115,14 @@ pub fn find(base: &VersionRow, plan: &Plan, options: &NearOptions, how: Importan
 /// other models too.
 fn targets(
     base: &VersionRow,
+    versions: &[(i64, bool)],
     weights: &OpenWeights,
     kinds: &HashSet<Kind>,
     uses: &mut Uses,
 ) -> (Vec<Tensor>, Vec<Target>) {
     let (mut tensors, mut targets) = (Vec::new(), Vec::new());
     let mut seen = HashSet::new();
-    for (version, usable) in catalog::versions() {
+    for &(version, usable) in versions {
         for row in catalog::tensors(version) {
             interrupt::check();
             let tiling = row.tiling();

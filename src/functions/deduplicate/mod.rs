@@ -156,8 +156,12 @@ fn deduplicate_model(call: &Call) -> pg_sys::Datum {
     let mut halves = Halves::new(&rows, &metric, &options);
     halves.before(&mut trial);
     clock.phase(2, "reading blocks");
+    let versions = catalog::versions();
+    if !versions.iter().any(|&(version, _)| version == base.id) {
+        catalog::changed(spec.name);
+    }
     let compare = || clock.phase(3, "comparing blocks");
-    let found = candidates::find(&base, &trial.model().plan, &options.near, options.importance, compare);
+    let found = candidates::find(&base, &versions, &trial.model().plan, &options.near, options.importance, compare);
     clock.phase(4, "trying merges");
     let outcome = halves.search(&mut trial, &found.merges, &options);
     let merges = &found.merges[..outcome.merged];
