@@ -49,7 +49,7 @@ REVOKE ALL ON FUNCTION reset_model_stats() FROM PUBLIC;
 CREATE FUNCTION tessera.activities(OUT pid integer, OUT command text, OUT phase text, OUT models text[], OUT rows bigint,
     OUT blocks_done bigint, OUT blocks_total bigint)
     RETURNS SETOF record LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED AS 'MODULE_PATHNAME', 'tessera_activities';
-COMMENT ON FUNCTION tessera.activities() IS 'loads and predictions under way in this database; read tessera.progress';
+COMMENT ON FUNCTION tessera.activities() IS 'loads, predictions and deduplications under way in this database; read tessera.progress';
 CREATE VIEW tessera.progress AS
     SELECT pid, command, phase, models, NULL::regclass AS relation, rows, blocks_done, blocks_total FROM tessera.activities()
     UNION ALL
@@ -58,7 +58,7 @@ CREATE VIEW tessera.progress AS
     JOIN pg_catalog.pg_class c ON c.oid = p.relid
     JOIN pg_catalog.pg_am a ON a.oid = c.relam AND a.amname = 'tensor_block'
     WHERE p.datname = pg_catalog.current_database();
-COMMENT ON VIEW tessera.progress IS 'loads, predictions and repacks under way in this database: rows predicted so far, and blocks that were stored, read in the current run of the model, or moved, of how many';
+COMMENT ON VIEW tessera.progress IS 'loads, predictions, deduplications and repacks under way in this database: rows predicted so far, and blocks that were stored, read in the current run of the model, compared, merged for a trial, or moved, of how many';
 GRANT SELECT ON tessera.progress TO PUBLIC;
 
 CREATE FUNCTION tessera.check_cache(OUT problem text, OUT frame integer, OUT detail text) RETURNS SETOF record

@@ -29,7 +29,8 @@ extension_sql_file!("../sql/block_type.sql", name = "block_type", bootstrap);
 extension_sql_file!("../sql/access_method.sql", name = "access_method", requires = ["block_type"]);
 extension_sql_file!("../sql/catalog.sql", name = "catalog", requires = ["access_method"]);
 extension_sql_file!("../sql/functions.sql", name = "functions", requires = ["catalog"]);
-extension_sql_file!("../sql/maintenance.sql", name = "maintenance", requires = ["functions"]);
+extension_sql_file!("../sql/deduplicate.sql", name = "deduplicate", requires = ["functions"]);
+extension_sql_file!("../sql/maintenance.sql", name = "maintenance", requires = ["deduplicate"]);
 extension_sql_file!("../sql/views.sql", name = "views", requires = ["maintenance"]);
 extension_sql_file!("../sql/cache.sql", name = "cache", requires = ["views"], finalize);
 

@@ -32,6 +32,25 @@ enum Place {
     Row(Vec<u8>),
 }
 
+impl BlockRef {
+    /// Bytes that the block takes in the block store; none if it is so small that rows have it themselves.
+    pub fn stored_bytes(&self) -> Option<u64> {
+        match &self.place {
+            Place::Store(stand_in) => Some(u64::from(stand_in.stored_len())),
+            Place::Row(_) => None,
+        }
+    }
+
+    /// The TOAST pointer by which another row refers to the block; none if it lies in its row.
+    pub(super) fn toast_pointer(&self, weights: &OpenWeights) -> Option<[u8; varlena::TOAST_POINTER_BYTES]> {
+        match &self.place {
+            // SAFETY: an open relation.
+            Place::Store(stand_in) => Some(stand_in.to_toast_pointer(unsafe { (*weights.store.raw()).rd_id })),
+            Place::Row(_) => None,
+        }
+    }
+}
+
 /// The place has another block now, or none.
 pub struct Stale;
 

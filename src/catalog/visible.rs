@@ -21,14 +21,7 @@ pub fn visible_contents() -> HashMap<[u8; 32], Vec<String>> {
             Ok::<_, pgrx::spi::Error>(rows)
         })
     });
-    let rows = rows.unwrap_or_else(|e| {
-        crate::pg::error::raise(
-            PgSqlErrorCode::ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
-            "the models of this database cannot be read",
-            &e.to_string(),
-            "",
-        )
-    });
+    let rows = rows.unwrap_or_else(|e| unreadable(&e));
     let mut contents: HashMap<[u8; 32], Vec<String>> = HashMap::new();
     for (hash, name) in rows {
         if let (Some(hash), Some(name)) = (hash.and_then(|hash| hash.try_into().ok()), name) {
@@ -36,4 +29,34 @@ pub fn visible_contents() -> HashMap<[u8; 32], Vec<String>> {
         }
     }
     contents
+}
+
+/// The versions of all models (`tessera.model_version.id`) that the active snapshot sees, and whether the current role may
+/// predict with each.
+pub fn versions() -> Vec<(i64, bool)> {
+    let rows = identity::as_extension_owner(|caller| {
+        Spi::connect(|client| {
+            let table = client.select(
+                "SELECT v.id, pg_catalog.has_type_privilege($1, m.domain::oid, 'USAGE')
+                 FROM tessera.model m JOIN tessera.model_version v ON v.model = m.id ORDER BY v.id",
+                None,
+                &[caller.into()],
+            )?;
+            let mut rows = Vec::new();
+            for row in table {
+                rows.push((row.get::<i64>(1)?.unwrap_or_default(), row.get::<bool>(2)?.unwrap_or(false)));
+            }
+            Ok::<_, pgrx::spi::Error>(rows)
+        })
+    });
+    rows.unwrap_or_else(|e| unreadable(&e))
+}
+
+fn unreadable(e: &pgrx::spi::Error) -> ! {
+    crate::pg::error::raise(
+        PgSqlErrorCode::ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
+        "the models of this database cannot be read",
+        &e.to_string(),
+        "",
+    )
 }

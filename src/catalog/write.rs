@@ -34,7 +34,7 @@ pub struct NewVersion<'a> {
 }
 
 /// Runs `f` in SPI with the extension owner's rights; an error of SPI itself becomes an ERROR.
-fn as_owner<T>(f: impl FnOnce(&mut SpiClient<'_>, pg_sys::Oid) -> Result<T, SpiError>) -> T {
+pub(super) fn as_owner<T>(f: impl FnOnce(&mut SpiClient<'_>, pg_sys::Oid) -> Result<T, SpiError>) -> T {
     identity::as_extension_owner(|caller| match Spi::connect_mut(|client| f(client, caller)) {
         Ok(value) => value,
         Err(e) => error::raise(
@@ -47,13 +47,13 @@ fn as_owner<T>(f: impl FnOnce(&mut SpiClient<'_>, pg_sys::Oid) -> Result<T, SpiE
 }
 
 /// Takes the lock on a model's name.
-fn lock_name(name: &str) {
+pub(super) fn lock_name(name: &str) {
     lock_object(c"model", name.as_bytes(), pg_sys::ExclusiveLock, true);
 }
 
 /// A heavyweight lock on (database, table of `tessera`, number of `what`), released at the end of the transaction. False if
 /// it is not to be had without waiting.
-fn lock_object(table: &CStr, what: &[u8], mode: u32, wait: bool) -> bool {
+pub(super) fn lock_object(table: &CStr, what: &[u8], mode: u32, wait: bool) -> bool {
     let class = relation_oid(c"tessera", table).unwrap_or(pg_sys::InvalidOid);
     let hash = blake3::hash(what);
     let object = u32::from_le_bytes(hash.as_bytes()[..4].try_into().expect("four bytes"));
@@ -72,13 +72,27 @@ fn lock_object(table: &CStr, what: &[u8], mode: u32, wait: bool) -> bool {
     result != pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
 }
 
-struct ModelRow {
-    id: i64,
+pub(super) struct ModelRow {
+    pub(super) id: i64,
     /// Qualified and quoted; its owner may have renamed it.
     domain_name: String,
     domain: pg_sys::Oid,
-    active: Option<i32>,
+    pub(super) active: Option<i32>,
     last_version: i32,
+}
+
+impl ModelRow {
+    /// The number of the version that comes next.
+    pub(super) fn next_version(&self, name: &str) -> i32 {
+        self.last_version.checked_add(1).unwrap_or_else(|| {
+            error::raise(
+                PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+                format!("model \"{name}\" has used up its version numbers"),
+                "",
+                "Load it under another name.",
+            )
+        })
+    }
 }
 
 /// The model, if it exists. By a statement that may write, whose snapshot is taken now: the function's own may be older
@@ -103,7 +117,7 @@ fn find(client: &mut SpiClient<'_>, name: &str) -> Result<Option<ModelRow>, SpiE
 }
 
 /// The model, which must exist and belong to `caller`.
-fn find_owned(client: &mut SpiClient<'_>, name: &str, caller: pg_sys::Oid) -> Result<ModelRow, SpiError> {
+pub(super) fn find_owned(client: &mut SpiClient<'_>, name: &str, caller: pg_sys::Oid) -> Result<ModelRow, SpiError> {
     let Some(model) = find(client, name)? else { no_such_model(name) };
     // SAFETY: syscache look-ups in a transaction.
     let owns = unsafe {
@@ -174,14 +188,7 @@ pub fn store(name: &str, new: &NewVersion<'_>) -> i32 {
             Some(_) => find_owned(client, name, caller)?,
             None => create(client, name, caller)?,
         };
-        let version = model.last_version.checked_add(1).unwrap_or_else(|| {
-            error::raise(
-                PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
-                format!("model \"{name}\" has used up its version numbers"),
-                "",
-                "Load it under another name.",
-            )
-        });
+        let version = model.next_version(name);
         // Until this transaction ends nobody else sees that the graph is used: see `delete_unused_graphs`.
         lock_object(c"graph", &new.graph_hash, pg_sys::ShareLock, true);
         client.update(
@@ -238,11 +245,15 @@ fn stored_before(client: &mut SpiClient<'_>, id: i64, new: &NewVersion<'_>) -> R
     if rows.is_empty() { Ok(None) } else { rows.first().get_one() }
 }
 
+/// Gives version `$2` the tensors of version `$1`, without their blocks.
+pub(super) const COPY_TENSOR_ROWS: &str =
+    "INSERT INTO tessera.tensor (model_version, ordinal, name, dtype, dims, view, block_bytes)
+     SELECT $2, ordinal, name, dtype, dims, view, block_bytes FROM tessera.tensor WHERE model_version = $1 ORDER BY ordinal";
+
 /// Gives version `to` the tensors of version `from`: the rows reference the same blocks, whose content is not touched.
 fn copy_tensors(client: &mut SpiClient<'_>, from: i64, to: i64) -> Result<(), SpiError> {
     for query in [
-        "INSERT INTO tessera.tensor (model_version, ordinal, name, dtype, dims, view, block_bytes)
-         SELECT $2, ordinal, name, dtype, dims, view, block_bytes FROM tessera.tensor WHERE model_version = $1 ORDER BY ordinal",
+        COPY_TENSOR_ROWS,
         "INSERT INTO tessera.weight (tensor, block_row, block_col, data)
          SELECT n.id, w.block_row, w.block_col, w.data
          FROM tessera.tensor o
@@ -329,7 +340,7 @@ fn store_tensor(
 }
 
 /// Type of the column `tessera.weight.data`.
-fn block_type_oid() -> pg_sys::Oid {
+pub(super) fn block_type_oid() -> pg_sys::Oid {
     const DATA: i16 = 4;
     let weight = relation_oid(c"tessera", c"weight").unwrap_or(pg_sys::InvalidOid);
     // SAFETY: syscache look-up in a transaction.

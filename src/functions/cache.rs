@@ -94,15 +94,25 @@ fn activities(call: &Call) -> pg_sys::Datum {
             continue;
         };
         let loads = work == Work::Load as i64;
+        let deduplicates = work == Work::Deduplicate as i64;
         let phase = match phase {
-            _ if !loads => "predicting",
+            0 if deduplicates => "reading rows",
+            2 if deduplicates => "reading blocks",
+            3 if deduplicates => "comparing blocks",
+            4 if deduplicates => "trying merges",
+            _ if !loads && !deduplicates => "predicting",
             0 => "reading model",
             1 => "compiling",
             _ => "storing blocks",
         };
+        let command = match () {
+            () if loads => "load",
+            () if deduplicates => "deduplicate",
+            () => "predict",
+        };
         rows.push(&[
             pid.into_datum(),
-            if loads { "load" } else { "predict" }.into_datum(),
+            command.into_datum(),
             phase.into_datum(),
             names.get(&content).copied().cloned().into_datum(),
             (!loads).then_some(predicted).into_datum(),

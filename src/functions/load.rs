@@ -1,6 +1,6 @@
 //! Loading: ONNX bytes to a stored version.
 
-use crate::catalog::{self, NewVersion};
+use crate::catalog::{self, ContentHash, NewVersion};
 use crate::pg::fmgr::{Call, missing, sql_functions};
 use crate::pg::large_object::LargeObject;
 use crate::pg::progress::{self, Activity, Field, Work};
@@ -140,14 +140,9 @@ fn block_count(tensors: &[StoredTensor<'_>], block_bytes: usize) -> i64 {
 
 /// Identity of graph and tensors together: what a compiled plan is kept under.
 fn content_hash(graph_hash: &[u8; 32], tensors: &[StoredTensor<'_>]) -> [u8; 32] {
-    let mut whole = blake3::Hasher::new_derive_key("pg_tessera model content v1");
-    whole.update(graph_hash);
-    for tensor in tensors {
-        interrupt::check();
-        // Dtype and dimensions stand in the graph.
-        whole.update(blake3::hash(&tensor.data).as_bytes());
-    }
-    *whole.finalize().as_bytes()
+    let mut whole = ContentHash::new(graph_hash);
+    tensors.iter().for_each(|tensor| whole.add(&tensor.data));
+    whole.finish()
 }
 
 /// Bytes of tensors that do not lie in the model itself.

@@ -2,6 +2,7 @@
 
 mod block_type;
 mod cache;
+mod deduplicate;
 mod inspect;
 mod lifecycle;
 mod load;

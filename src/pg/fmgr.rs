@@ -112,6 +112,26 @@ macro_rules! sql_functions {
 }
 pub(crate) use sql_functions;
 
+/// As [`sql_functions`], for functions in which users' own code runs: its errors keep their CONTEXT and names.
+macro_rules! sql_functions_of_users_code {
+    ($($name:ident),* $(,)?) => {$(
+        const _: () = {
+            #[unsafe(export_name = concat!("pg_finfo_tessera_", stringify!($name)))]
+            extern "C-unwind" fn info() -> &'static pgrx::pg_sys::Pg_finfo_record {
+                const V1: pgrx::pg_sys::Pg_finfo_record = pgrx::pg_sys::Pg_finfo_record { api_version: 1 };
+                &V1
+            }
+            #[unsafe(export_name = concat!("tessera_", stringify!($name)))]
+            unsafe extern "C-unwind" fn call(fcinfo: pgrx::pg_sys::FunctionCallInfo) -> pgrx::pg_sys::Datum {
+                // SAFETY: called by the server on its main thread, with the call's own arguments; nothing here has a
+                // destructor.
+                unsafe { $crate::pg::error_context::guard(|| $name(&$crate::pg::fmgr::Call::new(fcinfo))) }
+            }
+        };
+    )*};
+}
+pub(crate) use sql_functions_of_users_code;
+
 /// A varlena of `bytes` in the current memory context.
 pub fn varlena_datum(parts: &[&[u8]]) -> pg_sys::Datum {
     let len: usize = parts.iter().map(|p| p.len()).sum();
@@ -133,6 +153,16 @@ pub fn varlena_datum(parts: &[&[u8]]) -> pg_sys::Datum {
             at = at.add(part.len());
         }
         pg_sys::Datum::from(datum)
+    }
+}
+
+/// A copy of these bytes, which are a whole value with its header, in the current memory context.
+pub fn raw_datum(bytes: &[u8]) -> pg_sys::Datum {
+    // SAFETY: palloc raises an ERROR rather than return null; the copy fits.
+    unsafe {
+        let copy = pg_sys::palloc(bytes.len()).cast::<u8>();
+        std::ptr::copy_nonoverlapping(bytes.as_ptr(), copy, bytes.len());
+        pg_sys::Datum::from(copy)
     }
 }
 

@@ -31,6 +31,18 @@ pub fn in_scratch<T>(f: impl FnOnce() -> T) -> T {
     }
 }
 
+/// Bytes that maintenance_work_mem allows.
+pub fn of_maintenance() -> usize {
+    // SAFETY: a setting of PostgreSQL, in kB.
+    unsafe { pg_sys::maintenance_work_mem as usize * 1024 }
+}
+
+/// A memory context below the current one, for what a call of a function keeps.
+pub fn of_call(name: &'static CStr) -> pg_sys::MemoryContext {
+    // SAFETY: the current memory context is one.
+    unsafe { new_context(pg_sys::CurrentMemoryContext, name) }
+}
+
 /// A memory context below `parent`.
 ///
 /// # Safety

@@ -52,13 +52,15 @@ const OURS: u32 = 0x7e55;
 pub enum Work {
     Load = 1,
     Predict = 2,
+    Deduplicate = 3,
 }
 
 /// What of it is shown, by place in `st_progress_param`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Field {
     Work,
-    /// Of a load: 0 reading, 1 compiling, 2 storing.
+    /// Of a load: 0 reading, 1 compiling, 2 storing. Of a deduplication: 0 reading rows, 1 compiling, 2 reading blocks, 3
+    /// comparing, 4 trying, 5 storing.
     Phase,
     /// The first 8 bytes of the model's content hash.
     Content,

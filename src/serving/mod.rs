@@ -4,4 +4,4 @@ mod models;
 pub mod settings;
 mod source;
 
-pub use models::{Model, compile, model_as_declared, model_of, remember, run, try_run};
+pub use models::{Model, compile, model_as_declared, model_of, on_trial, remember, run, run_trial, try_run};

@@ -5,9 +5,9 @@
 //! no look-up; an entry counts only while the active snapshot sees the same as when it was made.
 
 use super::settings;
-use super::source::ModelBlocks;
+use super::source::{ModelBlocks, Replaced};
 use crate::cache::Prediction;
-use crate::catalog::{self, ModelSpec};
+use crate::catalog::{self, ModelSpec, TensorRow, VersionRow};
 use crate::pg::progress::{self, Activity, Field, Work};
 use crate::pg::snapshot::SnapshotIdentity;
 use crate::pg::{compute, interrupt};
@@ -76,17 +76,8 @@ pub fn model_as_declared(spec: &str) -> (Arc<Model>, Option<bool>) {
     let cached = PLANS.with_borrow_mut(|plans| plans.get(&key).cloned());
     let cached = cached.filter(|model| model.blocks.serves(version.id, &model.plan));
     let model = cached.unwrap_or_else(|| {
-        let graph = catalog::graph(&version.graph_hash);
         let tensors = catalog::tensors(version.id);
-        let tilings: Vec<_> = tensors.iter().map(|tensor| Some(tensor.tiling())).collect();
-        let mut fetch = |ordinal: u32, out: &mut Vec<u8>| {
-            let tensor = tensors
-                .get(ordinal as usize)
-                .ok_or_else(|| ModelError::internal(format!("tensor {ordinal} of the graph is not stored")))?;
-            catalog::read_tensor(tensor, out);
-            Ok(())
-        };
-        let plan = compile(&graph, &mut fetch, &tilings);
+        let plan = compile_version(&version, &tensors, settings::inline_tensor_bytes());
         keep(version.content_hash, plan, ModelBlocks::of_version(version.content_hash, version.id, tensors))
     });
     let declared = version.rows_declared;
@@ -95,13 +86,45 @@ pub fn model_as_declared(spec: &str) -> (Arc<Model>, Option<bool>) {
     (model, declared)
 }
 
+/// A version for trial runs, whose blocks can be replaced ([`ModelBlocks::replace`]): tensors of `inline_tensor_bytes` or more
+/// stay in blocks where operators allow it. It is kept nowhere.
+pub fn on_trial(version: &VersionRow, inline_tensor_bytes: u64) -> Arc<Model> {
+    let tensors = catalog::tensors(version.id);
+    let plan = compile_version(version, &tensors, inline_tensor_bytes);
+    let blocks = ModelBlocks::of_version(version.content_hash, version.id, tensors);
+    blocks.replace(Replaced::new());
+    Arc::new(Model { plan, blocks: Arc::new(blocks) })
+}
+
+fn compile_version(version: &VersionRow, tensors: &[TensorRow], inline_tensor_bytes: u64) -> Arc<Plan> {
+    let graph = catalog::graph(&version.graph_hash);
+    let tilings: Vec<_> = tensors.iter().map(|tensor| Some(tensor.tiling())).collect();
+    let mut fetch = |ordinal: u32, out: &mut Vec<u8>| {
+        let tensor = tensors
+            .get(ordinal as usize)
+            .ok_or_else(|| ModelError::internal(format!("tensor {ordinal} of the graph is not stored")))?;
+        catalog::read_tensor(tensor, out);
+        Ok(())
+    };
+    compile_inlining(&graph, &mut fetch, &tilings, inline_tensor_bytes)
+}
+
 /// Compiles a plan; the work is done on the compute thread, so that it can be cancelled. `tilings`: by ordinal, how tensors
 /// are cut into blocks.
 pub fn compile(graph: &[u8], fetch: &mut FetchTensor<'_>, tilings: &[Option<Tiling>]) -> Arc<Plan> {
+    compile_inlining(graph, fetch, tilings, settings::inline_tensor_bytes())
+}
+
+fn compile_inlining(
+    graph: &[u8],
+    fetch: &mut FetchTensor<'_>,
+    tilings: &[Option<Tiling>],
+    inline_tensor_bytes: u64,
+) -> Arc<Plan> {
     compute::start();
     let options = CompileOptions {
         memory_limit: settings::max_prediction_bytes(),
-        inline_tensor_bytes: settings::inline_tensor_bytes(),
+        inline_tensor_bytes,
         ..CompileOptions::default()
     };
     let plan = Plan::compile_on_blocks(graph, fetch, tilings, &options, &mut interrupt::should_stop);
@@ -174,24 +197,48 @@ fn block_count(plan: &Plan) -> i64 {
 }
 
 fn run_plan(model: &Arc<Model>, inputs: Vec<(String, HostTensor)>) -> Result<Vec<(String, HostTensor)>, ModelError> {
-    static GO_ON: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
-    interrupt::check();
     let Model { plan, blocks } = &**model;
+    interrupt::check();
     if !plan.stored_tensors().is_empty() {
         blocks.note_run();
     }
-    if plan.is_heavy(&inputs) {
-        let _activity = Activity::begin(Work::Predict, Some(blocks.content_hash()));
+    let heavy = plan.is_heavy(&inputs);
+    let _activity = heavy.then(|| Activity::begin(Work::Predict, Some(blocks.content_hash())));
+    if heavy {
         progress::set(Field::Blocks, 0);
         progress::set(Field::AllBlocks, block_count(plan));
-        compute::start();
-        let memory = plan.memory_bytes();
-        let result = remote::run_on_blocks(plan.clone(), inputs, &**blocks, &mut interrupt::should_stop);
-        if plan.memory_bytes() != memory {
-            shrink();
-        }
-        result
-    } else {
-        plan.run_on_blocks(inputs, blocks.clone(), &GO_ON)
     }
+    let memory = plan.memory_bytes();
+    let result = compute_here_or_there(model, inputs, heavy);
+    if heavy && plan.memory_bytes() != memory {
+        shrink();
+    }
+    result
+}
+
+/// Runs a model that is on trial: no statistics count it.
+///
+/// # Errors
+/// As [`Plan::run`]; errors of the server are raised.
+pub fn run_trial(
+    model: &Arc<Model>,
+    inputs: Vec<(String, HostTensor)>,
+) -> Result<Vec<(String, HostTensor)>, ModelError> {
+    interrupt::check();
+    let heavy = model.plan.is_heavy(&inputs);
+    compute_here_or_there(model, inputs, heavy)
+}
+
+fn compute_here_or_there(
+    model: &Arc<Model>,
+    inputs: Vec<(String, HostTensor)>,
+    heavy: bool,
+) -> Result<Vec<(String, HostTensor)>, ModelError> {
+    static GO_ON: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
+    let Model { plan, blocks } = &**model;
+    if !heavy {
+        return plan.run_on_blocks(inputs, blocks.clone(), &GO_ON);
+    }
+    compute::start();
+    remote::run_on_blocks(plan.clone(), inputs, &**blocks, &mut interrupt::should_stop)
 }

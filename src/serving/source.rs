@@ -13,9 +13,13 @@ use inference::plan::Plan;
 use inference::weights::{BlockSource, Frame, SpillFile, WINDOW};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tensor_blocks::Tiling;
+
+/// Blocks that are read in place of the stored ones: by the tensor's ordinal and the block's number.
+pub type Replaced = HashMap<(u32, u32), BlockRef>;
 
 /// One tensor's blocks.
 struct TensorBlocks {
@@ -28,6 +32,8 @@ struct TensorBlocks {
 struct Known {
     rows: Vec<TensorRow>,
     tensors: Vec<Option<Arc<TensorBlocks>>>,
+    /// Of a model on trial.
+    replaced: Option<Arc<Replaced>>,
 }
 
 /// The blocks of one model version. Called on the backend's main thread only.
@@ -67,6 +73,11 @@ impl ModelBlocks {
             self.lock().rows = rows;
         }
         same
+    }
+
+    /// Puts the model on trial: runs read these blocks in place of those that are stored.
+    pub fn replace(&self, replaced: Replaced) {
+        self.lock().replaced = Some(Arc::new(replaced));
     }
 
     /// The model's content hash.
@@ -144,21 +155,32 @@ impl ModelBlocks {
         let (wanted, next) = wanted.split_at(wanted.len().min(WINDOW));
         let weights = OpenWeights::open();
         let tensor = self.tensor(&weights, ordinal, false);
+        let replaced = self.lock().replaced.clone().unwrap_or_default();
+        let replacement = |number: u32| replaced.get(&(ordinal, number));
         // Where the blocks are now, if they have moved since.
         let mut moved: Option<Arc<TensorBlocks>> = None;
         let key = |&number: &u32| {
             let tile = tensor.tile(number);
-            let Some(block) = tensor.blocks.get(number as usize) else { missing(ordinal) };
+            let Some(stored) = tensor.blocks.get(number as usize) else { missing(ordinal) };
+            let block = replacement(number).unwrap_or(stored);
             BlockKey { hash: block.hash, bytes: tensor.tiling.tile_bytes(tile) as u32 }
         };
         let keys: Vec<BlockKey> = wanted.iter().map(key).collect();
         for number in next.iter().take(WINDOW) {
             if !cache::is_cached(&key(number)) {
-                catalog::prefetch_block(&weights, &tensor.blocks[*number as usize]);
+                let stored = &tensor.blocks[*number as usize];
+                catalog::prefetch_block(&weights, replacement(*number).unwrap_or(stored));
             }
         }
         cache::pin(self.slot(), &keys, &mut |at, out| {
             let number = wanted[at];
+            if let Some(block) = replacement(number) {
+                // Its row is visible to the snapshot under which it was found, and cannot go before that.
+                if catalog::read_block(&weights, &tensor.row, tensor.tile(number), block, out).is_err() {
+                    missing(ordinal)
+                }
+                return;
+            }
             if moved.as_ref().unwrap_or(&tensor).read(&weights, number, out) {
                 return;
             }
@@ -195,7 +217,10 @@ fn missing(tensor: u32) -> ! {
 impl BlockSource for ModelBlocks {
     fn pin(&self, tensor: u32, wanted: &[u32]) -> Result<Vec<Box<dyn Frame>>, ModelError> {
         let pins = self.pins(tensor, wanted);
-        progress::add(progress::Field::Blocks, pins.len() as u64);
+        // A trial counts blocks of its own.
+        if self.lock().replaced.is_none() {
+            progress::add(progress::Field::Blocks, pins.len() as u64);
+        }
         Ok(pins.into_iter().map(|pin| Box::new(pin) as Box<dyn Frame>).collect())
     }
 

@@ -1,4 +1,5 @@
-//! Tensor blocks: element types, the tiling of tensors into blocks, the content hash of a block, and page packing.
+//! Tensor blocks: element types, the tiling of tensors into blocks, the content hash of a block, near-duplicate search,
+//! and page packing.
 //!
 //! A tensor is seen as a matrix (a [`View`]), cut into rectangular tiles by a [`Tiling`], and each tile is a block
 //! whose identity is its [`block_hash`]. This crate knows nothing of PostgreSQL and nothing of ONNX files; only the
@@ -7,7 +8,9 @@
 mod block;
 mod dtype;
 mod hash;
+pub mod near;
 pub mod packing;
+mod random;
 mod tiling;
 mod transpose;
 mod view;

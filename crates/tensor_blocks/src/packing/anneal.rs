@@ -4,8 +4,8 @@
 //! exchanges: pages keep their number of blocks, so holes do not spread. The chance of an exchange that costs `d`
 //! reads is 2^(-d k), where k grows to the end; at last only exchanges that cost nothing are made.
 
-use super::random::Random;
 use super::storage::Store;
+use crate::random::Random;
 
 /// Exchanges looked at: so many per block, within these limits.
 const STEPS_PER_BLOCK: usize = 40;

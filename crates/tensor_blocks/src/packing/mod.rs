@@ -23,7 +23,6 @@ mod check;
 mod file;
 mod fill;
 mod heuristics;
-mod random;
 mod sharing;
 mod stage_two;
 mod storage;

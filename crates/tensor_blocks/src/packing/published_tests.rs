@@ -1,7 +1,7 @@
 //! Tests of the published problem: the check against the definition, packings against the check, and bounds.
 
-use super::random::Random;
 use super::*;
+use crate::random::Random;
 use std::collections::BTreeSet;
 
 /// Tensors drawn from a few sets of blocks, so that there are sharing classes of several blocks.

@@ -1,7 +1,7 @@
 //! Tests of the storage order: against every order of a few blocks, and of what it promises for any input.
 
-use super::random::Random;
 use super::*;
+use crate::random::Random;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
