@@ -79,7 +79,7 @@ pub struct NearOptions {
     pub radius: f64,
     /// What bands are taken over.
     pub span: Span,
-    /// Bands; blocks with one in common are candidates. 1 to 1024; each takes 12 to 16 bytes a block in the index.
+    /// Bands; blocks with one in common are candidates. 1 to 1024; each takes 13 to 24 bytes a block in the index.
     pub bands: u32,
     /// Hashes that must all agree for a band to be in common, 1 to 32.
     pub hashes_per_band: u32,

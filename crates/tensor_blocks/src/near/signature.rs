@@ -7,8 +7,9 @@
 //! Vectors of random signs stand for normal ones (Achlioptas, *Database-friendly random projections*, JCSS 2003): a sum
 //! of that many terms is nearly normal. And a span's hashes share the work: its elements, with random signs, are added
 //! up in as many lanes as there are hashes, and a Hadamard transform of the lanes gives one sum for each hash. Each of
-//! these is the product of the elements with a vector of independent signs, and any two of the vectors are orthogonal.
-//! So a signature costs one addition per element and no table as wide as the block.
+//! these is the product of the elements with a vector of independent signs, and any two of the vectors are orthogonal,
+//! but for lanes that have one element more than others. So where each band has a run of its own, a signature costs one
+//! addition per element and a table of signs as long as a run.
 
 use super::options::MAX_SPAN;
 use super::{NearError, NearOptions, Span};
@@ -20,6 +21,10 @@ const MIN_RUN: usize = 128;
 const MIN_LANES: usize = 16;
 /// Positions in the table of signs at which a run's signs may begin.
 const SIGN_STARTS: usize = 2048;
+/// Buckets beyond are one: so far off, float32 has no digits that would tell neighbours apart.
+const FARTHEST_BUCKET: f64 = (1u64 << 50) as f64;
+/// Added to a number up to [`FARTHEST_BUCKET`], it leaves the nearest whole number in the low bits of the sum.
+const TO_WHOLE: f64 = (3u64 << 51) as f64;
 /// A band that is in common with nothing: its sums are not finite.
 pub(super) const NO_BUCKET: u32 = 0;
 
@@ -55,6 +60,8 @@ pub(super) struct Hasher {
     lanes: usize,
     /// The offset of each hash, in units of the bucket width: 0 to 1.
     offsets: Box<[f64]>,
+    /// The factors of the buckets in a band's hash.
+    factors: Box<[u64]>,
     /// 1 / bucket width.
     per_width: f64,
     bands: usize,
@@ -92,6 +99,7 @@ impl Hasher {
             signs: (0..len + SIGN_STARTS).map(sign).collect(),
             lanes: (hashes / count).next_power_of_two().max(MIN_LANES),
             offsets: (0..hashes).map(|hash| (random(3, hash) >> 11) as f64 / (1u64 << 53) as f64).collect(),
+            factors: (0..hashes_per_band).map(|hash| random(4, hash) | 1).collect(),
             per_width: options.width(len)?.recip(),
             bands,
             hashes_per_band,
@@ -120,24 +128,26 @@ impl Hasher {
         Signature(bands.into_boxed_slice())
     }
 
-    /// One band of its sums and its offsets.
+    /// One band of its sums and its offsets: a multilinear hash of the buckets (Lemire and Kaser, *Strongly universal
+    /// string hashing is fast*, 2014), whose terms do not wait for one another.
     fn band(&self, (sums, offsets): (&[f32], &[f64])) -> u32 {
-        let mut hash = 0;
+        let mut hash = 0u64;
         let mut finite = true;
-        for (&sum, &offset) in sums.iter().zip(offsets) {
+        for ((&sum, &offset), &factor) in sums.iter().zip(offsets).zip(&self.factors) {
             finite &= sum.is_finite();
-            let scaled = f64::from(sum) * self.per_width + offset;
-            // The floor, without a call; beyond 2^63 it saturates, and equal values still meet.
-            let whole = scaled as i64;
-            let bucket = whole.saturating_sub(i64::from(scaled < whole as f64));
-            hash = mix(hash ^ bucket as u64);
+            // The offset is any fraction, so that rounding to the nearest does what rounding down would.
+            let scaled = (f64::from(sum) * self.per_width + offset).clamp(-FARTHEST_BUCKET, FARTHEST_BUCKET);
+            hash = hash.wrapping_add((scaled + TO_WHOLE).to_bits().wrapping_mul(factor));
         }
-        if finite { ((hash >> 32) as u32).max(NO_BUCKET + 1) } else { NO_BUCKET }
+        if finite { ((mix(hash) >> 32) as u32).max(NO_BUCKET + 1) } else { NO_BUCKET }
     }
 
     /// Bytes on the heap.
     pub fn memory_bytes(&self) -> usize {
-        size_of_val(&*self.spans) + size_of_val(&*self.signs) + size_of_val(&*self.offsets)
+        size_of_val(&*self.spans)
+            + size_of_val(&*self.signs)
+            + size_of_val(&*self.offsets)
+            + size_of_val(&*self.factors)
     }
 }
 

@@ -14,8 +14,8 @@ pub enum Walk {
 /// The largest number of blocks, up to `total`, with which `accept` was true; 0, which is not asked for, if there is
 /// none. `accept(n)` says whether the metric is within its bound with the first n merged.
 ///
-/// Evaluations: at most ceil(total / step) for steps, at most 1 + ceil(log2(total)) for halves; one if all may be merged
-/// at once by halves. The result was itself evaluated, unless it is 0.
+/// Evaluations: at most ceil(total / step) for steps, at most 1 + ceil(log2(total)) for halves, where one is enough if
+/// all may be merged. The result was itself evaluated, unless it is 0.
 ///
 /// # Errors
 /// The first one of `accept`.
