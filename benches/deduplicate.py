@@ -2,8 +2,8 @@
 
     benches/run-deduplicate [--quick] [--drop D] [--options SQL] [--markdown FILE]
 
-The classifiers are trained here, on real texts (text_classifiers.py): 100,000 x 500 embeddings that come of one, 200 MB each. Every one of them is
-deduplicated against those before it, guided by its validation texts. Accuracies are those of `predict` on test texts, which neither the
+The classifiers are trained here, on real texts (text_classifiers.py): 100,000 x 500 embeddings that come of one, 200 MB each. Each one
+is loaded, and deduplicated against those before it, guided by its validation texts; then comes the next. Accuracies are those of `predict` on test texts, which neither the
 training nor the deduplication has seen, and the files that `export_model` gives are run in ONNX Runtime as well. Pairwise and MISTIQUE-like
 detection run in numpy on the same blocks (near_blocks.py).
 """
@@ -89,35 +89,38 @@ def stored(conn) -> tuple[int, int]:
     return conn.execute("SELECT bytes_stored FROM tessera.storage WHERE relation = 'tessera.weight'::regclass").fetchone()[0], store_size(conn)
 
 
-def separate(cluster: Cluster, models: dict[str, bytes]) -> tuple[int, int]:
-    """The same figures of five databases with a model each, added up."""
+def without(cluster: Cluster, models: dict[str, bytes]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The same figures of five databases with a model each, added up; and of one with all five."""
     figures = []
     for content in models.values():
         with Database(cluster, "alone") as database, database.connect() as conn:
             conn.execute("SELECT load_model('alone', %b)", (content,))
             figures.append(stored(conn))
-    return tuple(map(sum, zip(*figures)))
+    with Database(cluster, "exact") as database, database.connect() as conn:
+        for task, content in models.items():
+            conn.execute("SELECT load_model(%s, %b)", (task, content))
+        return tuple(map(sum, zip(*figures))), stored(conn)
 
 
-def deduplicated(conn, fleet: Fleet, chosen) -> tuple[list[dict], list[float], list[float]]:
-    """Runs deduplicate_model on each; its reports, and the accuracies before and after."""
-    before = [accuracy(conn, task, task) for task in TASKS]
-    reports = []
+def deduplicated(conn, fleet: Fleet, models: dict[str, bytes], chosen) -> tuple[list[dict], list[float], list[float]]:
+    """Loads each and runs deduplicate_model on it before the next one comes; its reports, and the accuracies before and after."""
+    before, reports, after = [], [], []
     for task in TASKS:
-        started = time.perf_counter()
+        for part in ("validation", "test"):
+            copy_texts(conn, f"{task}_{part}", fleet.texts[task][part])
+        conn.execute("SELECT load_model(%s, %b)", (task, models[task]))
+        before.append(accuracy(conn, task, task))
         options = f", {chosen.options}" if chosen.options else ""
         sql = (f"SELECT to_jsonb(answer) FROM deduplicate_model('{task}', validation => 'SELECT ids, label FROM {task}_validation', metric => 'accuracy',"
                f" max_drop => {chosen.drop}{options}) AS answer")
+        started = time.perf_counter()
         found = conn.execute(sql).fetchone()[0]
         found["seconds_all"] = time.perf_counter() - started
         say(f"{task}: {json.dumps(found)}")
         reports.append(found)
-    after = []
+        for (version,) in conn.execute("SELECT version FROM tessera.models WHERE name = %s AND NOT active", (task,)).fetchall():
+            conn.execute("SELECT drop_model(%s, %s)", (task, version))
     for task in TASKS:
-        versions = conn.execute("SELECT version, active FROM tessera.models WHERE name = %s", (task,)).fetchall()
-        for version, active in versions:
-            if not active:
-                conn.execute("SELECT drop_model(%s, %s)", (task, version))
         after.append(accuracy(conn, task, task))
         assert abs(after[-1] - check_exported(conn, task, task, fleet.texts[task]["test"])) < 1e-9
     return reports, before, after
@@ -167,7 +170,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--quick", action="store_true", help="embeddings of 20,000 rows instead of 100,000")
     options.add_argument("--drop", type=float, default=WANTED_DROP, help="max_drop of deduplicate_model")
-    options.add_argument("--options", default="", help="further arguments of deduplicate_model, as SQL: 'radius => 2.0'")
+    options.add_argument("--options", default="share => 0.5", help="further arguments of deduplicate_model, as SQL")
     options.add_argument("--markdown", type=Path, help="writes the figures to this file too")
     chosen = options.parse_args()
 
@@ -182,15 +185,10 @@ def main() -> None:
     cluster.remove()
     cluster.start()
     try:
-        alone = separate(cluster, models)
+        alone, exact = without(cluster, models)
         with Database(cluster, "deduplicate") as database, database.connect() as conn:
             head = machine(conn)
-            for task in TASKS:
-                conn.execute("SELECT load_model(%s, %b)", (task, models[task]))
-                for part in ("validation", "test"):
-                    copy_texts(conn, f"{task}_{part}", fleet.texts[task][part])
-            exact = stored(conn)
-            reports, before, after = deduplicated(conn, fleet, chosen)
+            reports, before, after = deduplicated(conn, fleet, models, chosen)
             ours = stored(conn)
             problems = conn.execute("SELECT * FROM check_store('tessera.weight')").fetchall()
             assert not problems, problems
@@ -203,7 +201,8 @@ def main() -> None:
     drops = [first - then for first, then in zip(before, after)]
     results = [Result("five separate ones", alone[0], [0.0] * 5), Result("exact deduplication", exact[0], [0.0] * 5)]
     results += in_numpy(fleet, chosen.drop, alone[0] - embeddings)
-    results.append(Result(f"`deduplicate_model`, max_drop {chosen.drop}", ours[0], drops, detection_seconds(reports)))
+    told = ", ".join(part for part in (f"max_drop => {chosen.drop}", chosen.options) if part)
+    results.append(Result(f"`deduplicate_model`, {told}", ours[0], drops, detection_seconds(reports)))
     report(tables(head, fleet, results, reports, before, after, alone, ours, rows, trained), chosen.markdown)
 
 

@@ -59,7 +59,7 @@ class Pairwise:
     """Nearest stored block, and whether enough of its elements are within the tolerance. All distances of two stacks are one product,
     which gives what comparing pair by pair gives, so `pair_seconds` says how long that takes for one pair."""
 
-    def __init__(self, tolerance: float = 0.01, share: float = 0.75):
+    def __init__(self, tolerance: float = 0.01, share: float = 0.5):
         self.tolerance, self.share = tolerance, share
 
     def known(self, values: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ TASKS = (*DOMAINS, "strength")
 
 ROWS, WIDTH, HIDDEN, FEATURES = 100_000, 500, 16, 64
 STRONG, NEUTRAL = 1.5, 0.25  # of ratings from -4 to 4
-PARTS = {"train": 0.6, "validation": 0.2, "test": 0.2}
+PARTS = {"train": 0.5, "validation": 0.3, "test": 0.2}
 
 
 def texts(folder: Path) -> dict[str, list[tuple[float, str]]]:
