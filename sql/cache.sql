@@ -35,7 +35,7 @@ CREATE FUNCTION tessera.prediction_counts(OUT models text[], OUT calls bigint, O
     RETURNS SETOF record LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED AS 'MODULE_PATHNAME', 'tessera_prediction_counts';
 COMMENT ON FUNCTION tessera.prediction_counts() IS 'predictions with the models of this database; read tessera.model_stats';
 CREATE VIEW tessera.model_stats AS
-    SELECT pg_catalog.split_part(n.name, '@', 1) AS model, pg_catalog.split_part(n.name, '@', 2)::integer AS version,
+    SELECT pg_catalog.split_part(n.name, '@', 1) AS model, nullif(pg_catalog.split_part(n.name, '@', 2), '')::integer AS version,
            p.calls, p.rows, p.batches, p.time_ms, p.errors, c.hits AS cache_hits, c.misses AS cache_misses
     FROM tessera.prediction_counts() p CROSS JOIN LATERAL pg_catalog.unnest(p.models) AS n(name)
     LEFT JOIN tessera.block_cache_models c ON n.name = ANY (c.models);

@@ -32,7 +32,8 @@ extension_sql_file!("../sql/functions.sql", name = "functions", requires = ["cat
 extension_sql_file!("../sql/deduplicate.sql", name = "deduplicate", requires = ["functions"]);
 extension_sql_file!("../sql/maintenance.sql", name = "maintenance", requires = ["deduplicate"]);
 extension_sql_file!("../sql/views.sql", name = "views", requires = ["maintenance"]);
-extension_sql_file!("../sql/cache.sql", name = "cache", requires = ["views"], finalize);
+extension_sql_file!("../sql/sets.sql", name = "sets", requires = ["views"]);
+extension_sql_file!("../sql/cache.sql", name = "cache", requires = ["sets"], finalize);
 
 /// Required by `cargo pgrx test`.
 #[cfg(test)]

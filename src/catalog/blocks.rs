@@ -13,8 +13,9 @@ use crate::pg::{error, varlena};
 use crate::store::{self, Hash, format::State, locators};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
+use std::ffi::CStr;
 use std::ops::ControlFlow;
-use tensor_blocks::{Block, Tile, Tiling, block_hash};
+use tensor_blocks::{Block, DType, Tile, Tiling, block_hash};
 
 /// A block of a stored tensor.
 #[derive(Clone, Debug)]
@@ -62,11 +63,20 @@ pub struct OpenWeights {
 }
 
 impl OpenWeights {
-    /// Opens them. To be done before a block is claimed in the cache: then reading it waits for no lock.
+    /// Opens those of models. To be done before a block is claimed in the cache: then reading it waits for no lock.
     pub fn open() -> OpenWeights {
+        OpenWeights::of(c"weight", c"weight_pkey")
+    }
+
+    /// As [`OpenWeights::open`], those of sets of models.
+    pub fn of_sets() -> OpenWeights {
+        OpenWeights::of(c"set_block", c"set_block_pkey")
+    }
+
+    fn of(table: &CStr, index: &CStr) -> OpenWeights {
         let lock = pg_sys::AccessShareLock;
-        let table = OpenRelation::table(relation(c"weight"), lock);
-        let index = OpenRelation::index(relation(c"weight_pkey"), lock);
+        let table = OpenRelation::table(relation(table), lock);
+        let index = OpenRelation::index(relation(index), lock);
         // SAFETY: an open relation.
         let store = unsafe { (*(*table.raw()).rd_rel).reltoastrelid };
         if store == pg_sys::InvalidOid {
@@ -116,7 +126,19 @@ pub fn read_block(
     block: &BlockRef,
     out: &mut [u8],
 ) -> Result<(), Stale> {
-    let (shape, rel) = (tile.shape(), weights.store.raw());
+    read_elements(weights, tensor.dtype, &tile.shape(), &format!("tensor {}", tensor.id), block, out)
+}
+
+/// Fills `out` with the elements of a block, which are of this type and shape and belong to `whose`. ERROR if they are damaged.
+fn read_elements(
+    weights: &OpenWeights,
+    dtype: DType,
+    shape: &[u32],
+    whose: &str,
+    block: &BlockRef,
+    out: &mut [u8],
+) -> Result<(), Stale> {
+    let rel = weights.store.raw();
     let stand_in = match &block.place {
         Place::Row(elements) if elements.len() == out.len() => {
             out.copy_from_slice(elements);
@@ -142,18 +164,58 @@ pub fn read_block(
         let plain = varlena::decompress(&stored, stand_in.raw_len).unwrap_or_else(|e| damaged(&e));
         out.copy_from_slice(&plain[head..]);
     }
-    if block_hash(tensor.dtype, &shape, out).0 != block.hash {
+    if block_hash(dtype, shape, out).0 != block.hash {
         error::raise(
             PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
-            format!(
-                "block {} of tensor {} does not have the content that its hash names",
-                stand_in.block_id, tensor.id
-            ),
+            format!("block {} of {whose} does not have the content that its hash names", stand_in.block_id),
             "The block's bytes have changed since they were stored.",
-            "Run check_store('tessera.weight'); restore the table from a backup, or load the model again.",
+            "Run check_store on the tables of tessera; restore them from a backup, or load the model again.",
         );
     }
     Ok(())
+}
+
+/// The block of a set with this number; none if there is none.
+pub fn set_block(weights: &OpenWeights, number: u32) -> Option<BlockRef> {
+    let key = [Key::Int8(i64::from(number))];
+    by_index(relation(c"set_block"), relation(c"set_block_pkey"), &key, |row| {
+        let Some(datum) = row.datum(4) else { damaged("a block of a set has no data") };
+        // SAFETY: column 4 is a tensor_block, a varlena.
+        let pointer = unsafe { varlena::toast_pointer(datum.cast_mut_ptr::<pg_sys::varlena>()) };
+        ControlFlow::Break(match pointer {
+            Some((stand_in, _)) => match locators::find(weights.store.raw(), stand_in.block_id) {
+                Some(locator) => BlockRef { hash: locator.hash, place: Place::Store(stand_in) },
+                None => damaged("a block is not in the block store"),
+            },
+            None => {
+                let elements = row.with_bytes(4, |bytes| {
+                    Block::decode(bytes).map(|block| block.data().to_vec()).map_err(|e| e.to_string())
+                });
+                let Some(Ok(elements)) = elements else { damaged("a block cannot be read") };
+                let hash = block_hash(DType::Float32, &set_block_shape(elements.len()), &elements).0;
+                BlockRef { hash, place: Place::Row(elements) }
+            }
+        })
+    })
+}
+
+fn set_block_shape(bytes: usize) -> [u32; 2] {
+    [1, (bytes / 4) as u32]
+}
+
+/// Fills `out`, which has [`BlockRef::bytes`], with a block of a set. ERROR if it is damaged.
+pub fn read_set_block(weights: &OpenWeights, number: u32, block: &BlockRef, out: &mut [u8]) -> Result<(), Stale> {
+    read_elements(weights, DType::Float32, &set_block_shape(out.len()), &format!("set block {number}"), block, out)
+}
+
+impl BlockRef {
+    /// Bytes of the elements of a block that is a matrix.
+    pub fn bytes(&self) -> usize {
+        match &self.place {
+            Place::Store(stand_in) => (stand_in.raw_len as usize).saturating_sub(Block::HEAD_OF_MATRIX),
+            Place::Row(elements) => elements.len(),
+        }
+    }
 }
 
 /// Asks for the block's pages to be read into memory, if they are not there, without waiting for them.

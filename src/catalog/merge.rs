@@ -7,7 +7,7 @@ use super::blocks::{BlockRef, OpenWeights, read_block};
 use super::content::ContentHash;
 use super::names::ModelSpec;
 use super::read::{VersionRow, damaged, read_tensor, tensors};
-use super::write::{COPY_TENSOR_ROWS, as_owner, block_type_oid, find_owned, lock_name, lock_object};
+use super::write::{COPY_TENSOR_ROWS, as_owner, block_type_of, find_owned, lock_name, lock_object};
 use crate::pg::{error, fmgr, interrupt, progress};
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys;
@@ -151,7 +151,7 @@ fn tensor_ids(client: &mut SpiClient<'_>, version: i64) -> Result<Vec<i64>, SpiE
 
 /// Inserts the rows of the replaced blocks, which refer to the blocks that take their place.
 fn place(client: &mut SpiClient<'_>, weights: &OpenWeights, tensors: &[i64], merges: &[Merge]) -> Result<(), SpiError> {
-    let block_type = block_type_oid();
+    let block_type = block_type_of(c"weight", 4);
     let types = [pg_sys::INT8OID, pg_sys::INT4OID, pg_sys::INT4OID, block_type].map(PgOid::from);
     let insert = client.prepare_mut(
         "INSERT INTO tessera.weight (tensor, block_row, block_col, data) VALUES ($1, $2, $3, $4)",

@@ -6,10 +6,11 @@ mod content;
 mod merge;
 mod names;
 mod read;
+pub mod sets;
 mod visible;
 mod write;
 
-pub use blocks::{BlockRef, OpenWeights, block_refs, prefetch_block, read_block};
+pub use blocks::{BlockRef, OpenWeights, block_refs, prefetch_block, read_block, read_set_block, set_block};
 pub use content::ContentHash;
 pub use merge::{Merge, merged_content, store_merged};
 pub use names::{ModelSpec, check_name};

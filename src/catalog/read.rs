@@ -59,7 +59,7 @@ pub(super) fn damaged(what: &str) -> ! {
     )
 }
 
-fn column<T: FromDatum>(row: &Row, n: usize, what: &str) -> T {
+pub(super) fn column<T: FromDatum>(row: &Row, n: usize, what: &str) -> T {
     row.get(n).unwrap_or_else(|| damaged(what))
 }
 
@@ -160,7 +160,7 @@ pub(super) fn no_such_model(name: &str) -> ! {
     )
 }
 
-fn may_use(domain: pg_sys::Oid) -> bool {
+pub(super) fn may_use(domain: pg_sys::Oid) -> bool {
     // SAFETY: syscache look-ups in a transaction.
     unsafe {
         let user = pg_sys::GetUserId();
@@ -173,7 +173,7 @@ fn may_use(domain: pg_sys::Oid) -> bool {
     }
 }
 
-fn check_usage(domain: pg_sys::Oid, name: &str) {
+pub(super) fn check_usage(domain: pg_sys::Oid, name: &str) {
     if !may_use(domain) {
         error::raise(
             PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,

@@ -1,10 +1,11 @@
 //! Which models a role may see.
 
+use super::sets::set_content;
 use crate::pg::identity;
 use pgrx::prelude::*;
 use std::collections::HashMap;
 
-/// `name@version` of the versions with each content hash, of the models that the current role may predict with.
+/// `name@version` of the versions with each content hash, and the names of sets, of the models and sets that the current role may predict with.
 pub fn visible_contents() -> HashMap<[u8; 32], Vec<String>> {
     let rows = identity::as_extension_owner(|caller| {
         Spi::connect(|client| {
@@ -17,6 +18,17 @@ pub fn visible_contents() -> HashMap<[u8; 32], Vec<String>> {
             let mut rows = Vec::new();
             for row in table {
                 rows.push((row.get::<Vec<u8>>(1)?, row.get::<String>(2)?));
+            }
+            let table = client.select(
+                "SELECT s.id, s.domain::oid, s.name FROM tessera.model_set s
+                 WHERE pg_catalog.has_type_privilege($1, s.domain::oid, 'USAGE') ORDER BY s.name",
+                None,
+                &[caller.into()],
+            )?;
+            for row in table {
+                let (id, domain) = (row.get::<i64>(1)?, row.get::<pgrx::pg_sys::Oid>(2)?);
+                let content = id.zip(domain).map(|(id, domain)| set_content(id, domain).to_vec());
+                rows.push((content, row.get::<String>(3)?));
             }
             Ok::<_, pgrx::spi::Error>(rows)
         })

@@ -119,15 +119,7 @@ fn find(client: &mut SpiClient<'_>, name: &str) -> Result<Option<ModelRow>, SpiE
 /// The model, which must exist and belong to `caller`.
 pub(super) fn find_owned(client: &mut SpiClient<'_>, name: &str, caller: pg_sys::Oid) -> Result<ModelRow, SpiError> {
     let Some(model) = find(client, name)? else { no_such_model(name) };
-    // SAFETY: syscache look-ups in a transaction.
-    let owns = unsafe {
-        #[cfg(any(feature = "pg14", feature = "pg15"))]
-        let owns = pg_sys::pg_type_ownercheck(model.domain, caller);
-        #[cfg(not(any(feature = "pg14", feature = "pg15")))]
-        let owns = pg_sys::object_ownercheck(pg_sys::TypeRelationId, model.domain, caller);
-        owns
-    };
-    if !owns {
+    if !owns_domain(model.domain, caller) {
         error::raise(
             PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
             format!("must be owner of model \"{name}\""),
@@ -136,6 +128,18 @@ pub(super) fn find_owned(client: &mut SpiClient<'_>, name: &str, caller: pg_sys:
         );
     }
     Ok(model)
+}
+
+/// Whether the domain of a model or of a set belongs to `caller`.
+pub(super) fn owns_domain(domain: pg_sys::Oid, caller: pg_sys::Oid) -> bool {
+    // SAFETY: syscache look-ups in a transaction.
+    unsafe {
+        #[cfg(any(feature = "pg14", feature = "pg15"))]
+        let owns = pg_sys::pg_type_ownercheck(domain, caller);
+        #[cfg(not(any(feature = "pg14", feature = "pg15")))]
+        let owns = pg_sys::object_ownercheck(pg_sys::TypeRelationId, domain, caller);
+        owns
+    }
 }
 
 /// Raises an ERROR unless the model exists and belongs to the current role.
@@ -147,8 +151,13 @@ fn domain_name(name: &str) -> String {
     pgrx::spi::quote_qualified_identifier("tessera_model", name)
 }
 
-/// Makes a model without versions, owned by `caller`.
-fn create(client: &mut SpiClient<'_>, name: &str, caller: pg_sys::Oid) -> Result<ModelRow, SpiError> {
+/// Makes the domain of a model or a set, owned by `caller`; its qualified name.
+pub(super) fn create_domain(
+    client: &mut SpiClient<'_>,
+    name: &str,
+    caller: pg_sys::Oid,
+    comment: &str,
+) -> Result<String, SpiError> {
     let domain = domain_name(name);
     // SAFETY: syscache look-up; the name is palloc'd.
     let owner =
@@ -168,10 +177,17 @@ fn create(client: &mut SpiClient<'_>, name: &str, caller: pg_sys::Oid) -> Result
         );
     }
     client.update(&format!("CREATE DOMAIN {domain} AS bytea"), None, &[])?;
-    let comment = pgrx::spi::quote_literal("a model of pg_tessera: its owner owns the model, USAGE allows to predict");
-    client.update(&format!("COMMENT ON DOMAIN {domain} IS {comment}"), None, &[])?;
+    client.update(&format!("COMMENT ON DOMAIN {domain} IS {}", pgrx::spi::quote_literal(comment)), None, &[])?;
     let owner = pgrx::spi::quote_identifier(owner);
     client.update(&format!("ALTER DOMAIN {domain} OWNER TO {owner}"), None, &[])?;
+    Ok(domain)
+}
+
+/// Makes a model without versions, owned by `caller`.
+fn create(client: &mut SpiClient<'_>, name: &str, caller: pg_sys::Oid) -> Result<ModelRow, SpiError> {
+    check_no_set(client, name)?;
+    let comment = "a model of pg_tessera: its owner owns the model, USAGE allows to predict";
+    let domain = create_domain(client, name, caller, comment)?;
     client.update(
         "INSERT INTO tessera.model (name, domain) VALUES ($1, $2::regtype)",
         None,
@@ -180,8 +196,30 @@ fn create(client: &mut SpiClient<'_>, name: &str, caller: pg_sys::Oid) -> Result
     Ok(find(client, name)?.unwrap_or_else(|| no_such_model(name)))
 }
 
+/// Takes the lock on the set that a model's name would be a member of, so that no such set is saved meanwhile.
+fn lock_set_of(name: &str) {
+    if let Some((set, _)) = name.split_once('/') {
+        lock_object(c"model", set.as_bytes(), pg_sys::ShareLock, true);
+    }
+}
+
+/// Raises an ERROR if a set has the name, or if the name is that of a set's member.
+fn check_no_set(client: &mut SpiClient<'_>, name: &str) -> Result<(), SpiError> {
+    let set = name.split_once('/').map_or(name, |(set, _)| set);
+    if client.update("SELECT FROM tessera.model_set WHERE name = $1", Some(1), &[set.into()])?.is_empty() {
+        return Ok(());
+    }
+    error::raise(
+        PgSqlErrorCode::ERRCODE_DUPLICATE_OBJECT,
+        format!("model set \"{set}\" already exists"),
+        &format!("\"{name}\" as the name of a model could not be told from it or its members."),
+        "Choose another name.",
+    )
+}
+
 /// Stores a version and makes it the active one. Returns its number.
 pub fn store(name: &str, new: &NewVersion<'_>) -> i32 {
+    lock_set_of(name);
     lock_name(name);
     as_owner(|client, caller| {
         let model = match find(client, name)? {
@@ -299,7 +337,7 @@ fn store_tensor(
         .first()
         .get_one()?
         .unwrap_or_default();
-    let block_type = block_type_oid();
+    let block_type = block_type_of(c"weight", 4);
     let types = [pg_sys::INT8OID, pg_sys::INT4OID, pg_sys::INT4OID, block_type].map(PgOid::from);
     let insert = client.prepare_mut(
         "INSERT INTO tessera.weight (tensor, block_row, block_col, data) VALUES ($1, $2, $3, $4)",
@@ -339,12 +377,11 @@ fn store_tensor(
     Ok(())
 }
 
-/// Type of the column `tessera.weight.data`.
-pub(super) fn block_type_oid() -> pg_sys::Oid {
-    const DATA: i16 = 4;
-    let weight = relation_oid(c"tessera", c"weight").unwrap_or(pg_sys::InvalidOid);
+/// Type of a column, by number, of a table of `tessera`: that of blocks, whatever schema it is in.
+pub(super) fn block_type_of(table: &CStr, column: i16) -> pg_sys::Oid {
+    let table = relation_oid(c"tessera", table).unwrap_or(pg_sys::InvalidOid);
     // SAFETY: syscache look-up in a transaction.
-    unsafe { pg_sys::get_atttype(weight, DATA) }
+    unsafe { pg_sys::get_atttype(table, column) }
 }
 
 /// Makes `version` the active one.
@@ -406,10 +443,12 @@ fn need_version(client: &mut SpiClient<'_>, name: &str, model: &ModelRow, versio
 pub fn rename(name: &str, new_name: &str) {
     check_name(new_name);
     let (first, second) = if name < new_name { (name, new_name) } else { (new_name, name) };
+    lock_set_of(new_name);
     lock_name(first);
     lock_name(second);
     as_owner(|client, caller| {
         let model = find_owned(client, name, caller)?;
+        check_no_set(client, new_name)?;
         if find(client, new_name)?.is_some() {
             error::raise(
                 PgSqlErrorCode::ERRCODE_DUPLICATE_OBJECT,
@@ -493,8 +532,9 @@ fn delete_versions(client: &mut SpiClient<'_>, versions: &[i64]) -> Result<(), S
 
 /// Removes the graphs that no version uses, except those that a running load uses or waits for: the version that it will
 /// commit cannot be seen yet. What is left here goes with a later drop.
-fn delete_unused_graphs(client: &mut SpiClient<'_>) -> Result<(), SpiError> {
-    const UNUSED: &str = "NOT EXISTS (SELECT FROM tessera.model_version v WHERE v.graph_hash = g.hash)";
+pub(super) fn delete_unused_graphs(client: &mut SpiClient<'_>) -> Result<(), SpiError> {
+    const UNUSED: &str = "NOT EXISTS (SELECT FROM tessera.model_version v WHERE v.graph_hash = g.hash)
+                          AND NOT EXISTS (SELECT FROM tessera.architecture a WHERE a.graph_hash = g.hash)";
     // SAFETY: this transaction's own setting. Under one snapshot for all statements, versions committed since are not seen.
     if unsafe { pg_sys::XactIsoLevel } >= pg_sys::XACT_REPEATABLE_READ as i32 {
         return Ok(());

@@ -48,14 +48,20 @@ fn declare_independent_rows(call: &Call) -> pg_sys::Datum {
 fn on_sql_drop(call: &Call) -> pg_sys::Datum {
     // During DROP EXTENSION the tables are gone with the domains.
     if crate::pg::scan::relation_oid(c"tessera", c"weight").is_some() {
-        let dropped_domain = crate::pg::identity::as_extension_owner(|_| {
-            Spi::get_one::<bool>(
-                "SELECT EXISTS (SELECT FROM pg_event_trigger_dropped_objects() d JOIN tessera.model m ON m.domain::oid = d.objid
-                                WHERE d.classid = 'pg_type'::regclass)",
+        let dropped_domains = crate::pg::identity::as_extension_owner(|_| {
+            Spi::get_two::<bool, bool>(
+                "WITH gone AS (SELECT objid FROM pg_event_trigger_dropped_objects() WHERE classid = 'pg_type'::regclass)
+                 SELECT EXISTS (SELECT FROM tessera.model WHERE domain::oid IN (SELECT objid FROM gone)),
+                        EXISTS (SELECT FROM tessera.model_set WHERE domain::oid IN (SELECT objid FROM gone))",
             )
         });
-        if dropped_domain == Ok(Some(true)) {
-            catalog::drop_orphans();
+        if let Ok((models, sets)) = dropped_domains {
+            if models == Some(true) {
+                catalog::drop_orphans();
+            }
+            if sets == Some(true) {
+                catalog::sets::drop_orphan_sets();
+            }
         }
     }
     call.null();

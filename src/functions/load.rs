@@ -104,7 +104,7 @@ fn load(name: &str, model: &[u8], external: &mut dyn ExternalData, block_bytes: 
 }
 
 /// The signature, and what was found out about rows of the model.
-fn describe(plan: &Plan) -> serde_json::Value {
+pub(super) fn describe(plan: &Plan) -> serde_json::Value {
     let mut described = serde_json::to_value(plan.signature()).unwrap_or_default();
     if let Some(fields) = described.as_object_mut() {
         fields.insert("rows".into(), serde_json::to_value(plan.rows()).unwrap_or_default());
@@ -139,7 +139,7 @@ fn block_count(tensors: &[StoredTensor<'_>], block_bytes: usize) -> i64 {
 }
 
 /// Identity of graph and tensors together: what a compiled plan is kept under.
-fn content_hash(graph_hash: &[u8; 32], tensors: &[StoredTensor<'_>]) -> [u8; 32] {
+pub(super) fn content_hash(graph_hash: &[u8; 32], tensors: &[StoredTensor<'_>]) -> [u8; 32] {
     let mut whole = ContentHash::new(graph_hash);
     tensors.iter().for_each(|tensor| whole.add(&tensor.data));
     whole.finish()

@@ -9,6 +9,7 @@ mod load;
 mod maintain;
 mod pages;
 mod predict;
+mod sets;
 mod support;
 
 #[cfg(any(test, feature = "pg_test"))]

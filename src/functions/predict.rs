@@ -2,11 +2,12 @@
 
 use crate::pg::fmgr::{Call, sql_functions, varlena_datum};
 use crate::pg::{array, error};
-use crate::serving::{model_of, run};
+use crate::serving::{self, model_of, run};
 use inference::array::{Element, from_rows, to_rows_f32};
 use inference::json;
 use inference::plan::Plan;
 use inference::signature::{Dim, Port};
+use inference::tensor::{HostTensor, TensorData};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::ffi::CStr;
@@ -27,21 +28,47 @@ fn only_input<'p>(plan: &'p Plan, spec: &str) -> &'p Port {
     }
 }
 
+/// Number and length of the rows that an array is.
+fn rows_of(dims: &[usize]) -> Option<(usize, usize)> {
+    match *dims {
+        [] => Some((1, 0)),
+        [width] => Some((1, width)),
+        [rows, width] => Some((rows, width)),
+        _ => None,
+    }
+}
+
+/// The values of a float32 tensor.
+fn floats_of(tensor: &HostTensor) -> Vec<f32> {
+    match &tensor.data {
+        TensorData::Raw(raw) => raw.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value)).collect(),
+        _ => Vec::new(),
+    }
+}
+
 /// One row, or the rows of a two-dimensional array, through the model; the first output, flattened per row.
 fn predict_rows<T: Element>(spec: &str, dims: &[usize], values: &[T]) -> pg_sys::Datum {
+    if let Some((set, member)) = serving::sets::member_of(spec)
+        && let Some(port) = set.shared.net_port()
+        && let Some((rows, width)) = rows_of(dims)
+        && rows > 0
+    {
+        // Rows run straight on the member's parameters.
+        let input = from_rows(port, rows, width, values).unwrap_or_else(|e| error::raise_model(e));
+        let out = set.predict_one(member, &floats_of(&input));
+        let width = out.len() / rows;
+        return if dims.len() < 2 { array::from_f32(&[width], &out) } else { array::from_f32(&[rows, width], &out) };
+    }
     let model = model_of(spec);
     let plan = &model.plan;
     let port = only_input(plan, spec);
-    let (rows, width) = match *dims {
-        [] => (1, 0),
-        [width] => (1, width),
-        [rows, width] => (rows, width),
-        _ => error::raise(
+    let Some((rows, width)) = rows_of(dims) else {
+        error::raise(
             PgSqlErrorCode::ERRCODE_ARRAY_ELEMENT_ERROR,
             format!("input of predict has {} dimensions", dims.len()),
             "One dimension is a row, two are several rows.",
             "Flatten each row, or give the input as jsonb in the tensor's own shape.",
-        ),
+        )
     };
     let predict = |rows: usize, values: &[T]| {
         let input = from_rows(port, rows, width, values).unwrap_or_else(|e| error::raise_model(e));

@@ -12,10 +12,15 @@ const EXTENSION: &CStr = c"pg_tessera";
 ///
 /// An ERROR inside needs no undoing here: transaction and subtransaction abort restore the role, and drop the settings.
 pub fn as_extension_owner<T>(f: impl FnOnce(pg_sys::Oid) -> T) -> T {
-    let owner = extension_owner();
+    as_role(extension_owner(), c"pg_catalog, pg_temp", f)
+}
+
+/// Runs `f` with the rights of `owner` and this search path, as REFRESH MATERIALIZED VIEW runs a view's query
+/// (matview.c): what it calls cannot change the session's role or settings. Hands `f` the caller's role.
+pub fn as_role<T>(owner: pg_sys::Oid, search_path: &CStr, f: impl FnOnce(pg_sys::Oid) -> T) -> T {
     let mut caller = pg_sys::InvalidOid;
     let mut context = 0;
-    // SAFETY: plain backend state, saved and restored around `f`; the strings are static.
+    // SAFETY: plain backend state, saved and restored around `f`; the strings live during the call.
     unsafe {
         pg_sys::GetUserIdAndSecContext(&mut caller, &mut context);
         let nest = pg_sys::NewGUCNestLevel();
@@ -25,7 +30,7 @@ pub fn as_extension_owner<T>(f: impl FnOnce(pg_sys::Oid) -> T) -> T {
         );
         pg_sys::set_config_option(
             c"search_path".as_ptr(),
-            c"pg_catalog, pg_temp".as_ptr(),
+            search_path.as_ptr(),
             pg_sys::GucContext::PGC_USERSET,
             pg_sys::GucSource::PGC_S_SESSION,
             pg_sys::GucAction::GUC_ACTION_SAVE,

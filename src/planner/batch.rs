@@ -92,12 +92,7 @@ impl InUse {
 
     /// Adds a row, an array of these elements without nulls. False if it does not fit.
     pub fn push(&self, rows: &mut RowBuffer, elements: Elements, bytes: &[u8]) -> bool {
-        match elements {
-            Elements::Real => rows.push::<f32>(&self.port, bytes),
-            Elements::Double => rows.push::<f64>(&self.port, bytes),
-            Elements::Integer => rows.push::<i32>(&self.port, bytes),
-            Elements::Bigint => rows.push::<i64>(&self.port, bytes),
-        }
+        elements.push(rows, &self.port, bytes)
     }
 
     /// Bytes that the model's values take at a time for a row such as those gathered; the most there is if that is not known.

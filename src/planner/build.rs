@@ -78,9 +78,7 @@ impl Calls {
     unsafe fn add(&mut self, call: *mut Node) {
         // SAFETY: by the contract.
         unsafe {
-            let model = nodes::items::<Node>((*call.cast::<pg_sys::FuncExpr>()).args).next();
-            let fixed = model.is_some_and(|model| !has_columns(model) && !is_volatile(model));
-            if !fixed || is_volatile(call) || self.find(call).is_some() {
+            if is_volatile(call) || self.find(call).is_some() {
                 return;
             }
             // A call of this stage can have it in a branch that need not be reached, from which it was not collected.
@@ -130,6 +128,18 @@ unsafe fn has_columns(node: *mut Node) -> bool {
     unsafe {
         matches!(nodes::tag(node), NodeTag::T_Var | NodeTag::T_Aggref | NodeTag::T_WindowFunc | NodeTag::T_GroupingFunc)
             || nodes::visit_children(node, &mut |child| has_columns(child))
+    }
+}
+
+/// True if each row names the model.
+///
+/// # Safety
+/// `call` is a call of `predict`.
+unsafe fn is_named_by_row(call: *mut Node) -> bool {
+    // SAFETY: by the contract.
+    unsafe {
+        let model = nodes::items::<Node>((*call.cast::<pg_sys::FuncExpr>()).args).next();
+        model.is_some_and(|model| has_columns(model))
     }
 }
 
@@ -257,7 +267,7 @@ pub unsafe fn above(
                 .zip(&early)
                 .zip(&stages)
                 .filter_map(|((call, &early), &stage)| {
-                    Some(CallLayout { early, elements: calls::predict(call)?, stage })
+                    Some(CallLayout { early, elements: calls::predict(call)?, stage, by_row: is_named_by_row(call) })
                 })
                 .collect(),
         };

@@ -1,6 +1,8 @@
 //! Which function calls are predictions.
 
 use crate::pg::nodes::{self, Node};
+use inference::array::RowBuffer;
+use inference::signature::Port;
 use pgrx::pg_sys::{self, NodeTag};
 use pgrx::prelude::*;
 use std::cell::RefCell;
@@ -27,6 +29,16 @@ impl Elements {
     /// As a number, for plans.
     pub fn number(self) -> i32 {
         self as i32
+    }
+
+    /// Adds a row of such elements, without nulls, given as their bytes. False if it does not fit.
+    pub fn push(self, rows: &mut RowBuffer, port: &Port, bytes: &[u8]) -> bool {
+        match self {
+            Elements::Real => rows.push::<f32>(port, bytes),
+            Elements::Double => rows.push::<f64>(port, bytes),
+            Elements::Integer => rows.push::<i32>(port, bytes),
+            Elements::Bigint => rows.push::<i64>(port, bytes),
+        }
     }
 
     /// Of a number that a plan has.

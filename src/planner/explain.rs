@@ -16,6 +16,10 @@ pub unsafe fn explain(node: *mut pg_sys::CustomScanState, scan: &mut Scan, expla
         let context = (*node).ss.ps.ps_ExprContext;
         let mut models: Vec<String> = Vec::new();
         for call in &mut scan.calls {
+            if call.layout.by_row {
+                models.push("named by each row".to_owned());
+                continue;
+            }
             let Some(spec) = call.name_to_show(context) else { continue };
             let name = spec.split('@').next().unwrap_or(spec);
             // auto_explain asks when the query's snapshot may be gone.

@@ -13,6 +13,7 @@
 
 mod batch;
 mod build;
+mod by_row;
 mod calls;
 mod explain;
 mod hook;

@@ -1,14 +1,14 @@
 //! The rows of a batch: fetched, predicted stage by stage, finished.
 
-use super::batch::{InUse, raise_if_cancelled};
+use super::batch::raise_if_cancelled;
 use super::calls::Elements;
 use super::scan::{CallState, Row, Scan};
 use crate::pg::progress::{Activity, Work};
 use crate::pg::{array, exec, memory};
 use crate::serving::settings;
-use inference::array::RowBuffer;
 use inference::error::ErrorKind;
 use pgrx::pg_sys;
+use pgrx::prelude::*;
 
 /// Bytes of a batch of which nothing is given back before the next.
 const LITTLE: usize = 256 << 10;
@@ -22,35 +22,45 @@ enum Gathered {
     Odd,
 }
 
-/// Adds one input to those of a call.
-///
-/// # Safety
-/// As [`exec`] says; `input` is an array with these elements, and lives in the row or in the current memory context.
-unsafe fn gather(
-    model: Option<&InUse>,
-    rows: &mut RowBuffer,
-    elements: Elements,
-    input: Option<pg_sys::Datum>,
-) -> Gathered {
-    let (Some(input), Some(model)) = (input, model) else { return Gathered::Null };
-    let width = match elements {
-        Elements::Real | Elements::Integer => 4,
-        Elements::Double | Elements::Bigint => 8,
-    };
-    // SAFETY: by the contract.
-    let bytes = unsafe {
-        match array::row_in_place(input, width) {
-            Some(bytes) => Some(bytes),
-            None => array::row_in_place(pg_sys::Datum::from(exec::plain(input.cast_mut_ptr())), width),
-        }
-    };
-    match bytes {
-        Some(bytes) if model.push(rows, elements, bytes) => Gathered::Added,
-        _ => Gathered::Odd,
-    }
-}
-
 impl CallState {
+    /// Adds the input of the row that the context has, and notes its place.
+    ///
+    /// # Safety
+    /// As [`exec`] says; the current memory context is that of the row.
+    unsafe fn gather(&mut self, context: *mut pg_sys::ExprContext, slot: *mut pg_sys::TupleTableSlot) -> Gathered {
+        // SAFETY: by the contract; the model's name is a text, the input an array of the elements of the call.
+        unsafe {
+            let Some(input) = self.input(context, slot) else { return Gathered::Null };
+            let spec = match self.layout.by_row {
+                true => exec::evaluate(self.model_expr, context),
+                false => None,
+            };
+            if self.layout.by_row && spec.is_none() || !self.layout.by_row && self.model.is_none() {
+                return Gathered::Null;
+            }
+            let width = match self.layout.elements {
+                Elements::Real | Elements::Integer => 4,
+                Elements::Double | Elements::Bigint => 8,
+            };
+            let bytes = match array::row_in_place(input, width) {
+                Some(bytes) => Some(bytes),
+                None => array::row_in_place(pg_sys::Datum::from(exec::plain(input.cast_mut_ptr())), width),
+            };
+            let Some(bytes) = bytes else { return Gathered::Odd };
+            let added = match (spec.and_then(|spec| <&str>::from_datum(spec, false)), &self.model) {
+                (Some(spec), _) => self.by_row.push(spec, self.layout.elements, bytes),
+                (None, Some(model)) => model.push(&mut self.rows, self.layout.elements, bytes),
+                (None, None) => false,
+            };
+            if added { Gathered::Added } else { Gathered::Odd }
+        }
+    }
+
+    /// Number of inputs gathered.
+    fn gathered(&self) -> usize {
+        if self.layout.by_row { self.by_row.rows() } else { self.rows.rows() }
+    }
+
     /// The input, from the row that the context has.
     ///
     /// # Safety
@@ -72,7 +82,7 @@ impl CallState {
     /// Forgets the last row.
     fn undo(&mut self) {
         if self.places.pop().flatten().is_some() {
-            self.rows.pop();
+            if self.layout.by_row { self.by_row.pop() } else { self.rows.pop() }
         }
     }
 }
@@ -182,16 +192,18 @@ impl Scan {
                         call.places.push(None);
                         continue;
                     }
-                    let input = call.input(context, self.held);
-                    match gather(call.model.as_ref(), &mut call.rows, call.layout.elements, input) {
+                    match call.gather(context, self.held) {
                         Gathered::Null => call.places.push(None),
-                        Gathered::Added => call.places.push(Some(call.rows.rows() as u32 - 1)),
+                        Gathered::Added => call.places.push(Some(call.gathered() as u32 - 1)),
                         Gathered::Odd => {
                             odd = Some(at);
                             break;
                         }
                     }
-                    bytes += call.rows.bytes() / call.rows.rows().max(1);
+                    bytes += match call.layout.by_row {
+                        true => call.input_bytes,
+                        false => call.rows.bytes() / call.rows.rows().max(1),
+                    };
                 }
                 pg_sys::CurrentMemoryContext = caller;
                 if let Some(at) = odd {
@@ -348,6 +360,10 @@ impl Scan {
             // SAFETY: by the contract.
             unsafe { self.gather_late(node, at) };
         }
+        if self.calls[at].layout.by_row {
+            // SAFETY: by the contract.
+            return unsafe { self.predict_by_row(at) };
+        }
         // A row that was taken alone has been computed as far as it is early.
         let call = &self.calls[at];
         let Some(model) = &call.model else { return };
@@ -401,6 +417,43 @@ impl Scan {
         }
     }
 
+    /// Computes a call whose rows name their models.
+    ///
+    /// # Safety
+    /// As [`exec`] says.
+    unsafe fn predict_by_row(&mut self, at: usize) {
+        let call = &self.calls[at];
+        if call.by_row.rows() == 0 {
+            return;
+        }
+        let input_bytes = call.by_row.bytes() / call.by_row.rows();
+        let run_bytes = call.by_row.run_bytes();
+        let content_hash = call.by_row.content_hash();
+        self.activity.get_or_insert_with(|| Activity::begin(Work::Predict, content_hash.as_ref()));
+        // SAFETY: a context of this scan; on an ERROR the transaction's end takes care of the current one.
+        let (made, output_bytes) = unsafe {
+            let caller = pg_sys::CurrentMemoryContext;
+            pg_sys::CurrentMemoryContext = self.batch_context;
+            let mut done = self.done;
+            let made = self.calls[at].by_row.predict(&mut done);
+            pg_sys::CurrentMemoryContext = caller;
+            self.done = done;
+            self.publish();
+            made
+        };
+        let call = &mut self.calls[at];
+        (call.input_bytes, call.run_bytes, call.output_bytes) = (input_bytes, run_bytes, output_bytes);
+        for n in 0..self.chosen.len() {
+            let row = self.chosen[n];
+            let Some(place) = self.calls[at].places[row] else { continue };
+            match made[place as usize] {
+                Some(value) => self.put(row, at, Some(value)),
+                // It is computed alone when its turn has come.
+                None => self.odd[row] = true,
+            }
+        }
+    }
+
     /// Gathers the inputs of a call from the rows of the batch.
     ///
     /// # Safety
@@ -419,15 +472,14 @@ impl Scan {
                 self.show(slot, row);
                 pg_sys::CurrentMemoryContext = (*context).ecxt_per_tuple_memory;
                 let call = &mut self.calls[at];
-                let batched = !call.refused && call.model.as_ref().is_none_or(|model| model.batched);
+                let batched = call.layout.by_row || !call.refused && call.model.as_ref().is_none_or(|model| model.batched);
                 if !batched {
                     self.odd[row] = true;
                     continue;
                 }
-                let input = call.input(context, slot);
-                match gather(call.model.as_ref(), &mut call.rows, call.layout.elements, input) {
+                match call.gather(context, slot) {
                     Gathered::Null => {}
-                    Gathered::Added => call.places[row] = Some(call.rows.rows() as u32 - 1),
+                    Gathered::Added => call.places[row] = Some(call.gathered() as u32 - 1),
                     Gathered::Odd => self.odd[row] = true,
                 }
             }
@@ -475,6 +527,12 @@ impl Scan {
             if !call.layout.early {
                 let value = exec::evaluate(call.whole, context);
                 self.put(row, at, value);
+            } else if let (true, Some(Some(place))) = (call.layout.by_row, call.places.get(row).copied()) {
+                let mut done = self.done;
+                let made = call.by_row.predict_one(place as usize, &mut done);
+                self.done = done;
+                self.publish();
+                self.put(row, at, made);
             } else if let (Some(Some(place)), Some(model)) = (call.places.get(row).copied(), &call.model) {
                 let place = place as usize;
                 let (mut done, mut made) = (self.done, None);

@@ -8,11 +8,13 @@
 //! the function itself: it raises what the function raises, when its turn has come.
 
 use super::batch::{Done, InUse};
+use super::by_row::ByRow;
 use super::layout::{CallLayout, Layout};
 use super::shared::{self, Shared};
 use crate::catalog;
 use crate::pg::progress::Activity;
 use crate::pg::{exec, memory, nodes};
+use crate::serving::sets;
 use inference::array::RowBuffer;
 use pgrx::pg_sys::{self, NodeTag};
 use pgrx::prelude::*;
@@ -78,6 +80,8 @@ pub struct CallState {
     /// There is no model of that name that the role may use: only the function itself says so, if it comes to a call.
     pub(super) refused: bool,
     pub(super) rows: RowBuffer,
+    /// The rows, where each names its model.
+    pub(super) by_row: ByRow,
     /// Bytes of an input, of what the model computes from it at a time, and of an output, as far as they were seen.
     pub(super) input_bytes: usize,
     pub(super) run_bytes: usize,
@@ -356,6 +360,7 @@ impl CallState {
                 model: None,
                 refused: false,
                 rows: RowBuffer::default(),
+                by_row: ByRow::default(),
                 input_bytes: 0,
                 run_bytes: 0,
                 output_bytes: 0,
@@ -366,6 +371,7 @@ impl CallState {
 
     pub(super) fn clear(&mut self) {
         self.rows.clear();
+        self.by_row.clear();
         self.places.clear();
     }
 
@@ -426,13 +432,16 @@ impl CallState {
     /// # Safety
     /// `context` is the node's.
     pub(super) unsafe fn ready(&mut self, context: *mut pg_sys::ExprContext) -> bool {
+        if self.layout.by_row {
+            return true;
+        }
         // SAFETY: by the contract.
         let Some(spec) = (unsafe { self.name(context) }).map(str::to_owned) else {
             (self.model, self.refused) = (None, false);
             return true;
         };
         if self.model.is_none() {
-            self.refused = !catalog::is_usable(&spec);
+            self.refused = !sets::is_usable_member(&spec).unwrap_or_else(|| catalog::is_usable(&spec));
             if self.refused {
                 return false;
             }

@@ -1,6 +1,7 @@
 //! Models at work in this session: what a name means, compiled plans, where their blocks come from, settings.
 
 mod models;
+pub mod sets;
 pub mod settings;
 mod source;
 

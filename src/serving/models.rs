@@ -60,6 +60,9 @@ pub fn model_of(spec: &str) -> Arc<Model> {
 
 /// The same, and whether its rows were declared to be independent, or not to be.
 pub fn model_as_declared(spec: &str) -> (Arc<Model>, Option<bool>) {
+    if let Some((set, member)) = super::sets::member_of(spec) {
+        return (set.model(member), None);
+    }
     let seen_by = SnapshotIdentity::active();
     let user = crate::pg::identity::current_user();
     let known = NAMED.with_borrow_mut(|names| {
@@ -129,6 +132,11 @@ fn compile_inlining(
     };
     let plan = Plan::compile_on_blocks(graph, fetch, tilings, &options, &mut interrupt::should_stop);
     Arc::new(plan.unwrap_or_else(|e| interrupt::raise_or_model(e)))
+}
+
+/// The plan that is kept for this content, if there is one.
+pub fn kept(content_hash: &[u8; 32]) -> Option<Arc<Model>> {
+    PLANS.with_borrow_mut(|plans| plans.get(&plan_key(*content_hash)).cloned())
 }
 
 /// Keeps a plan for this session, and lets the least recently used ones go.

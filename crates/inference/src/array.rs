@@ -217,6 +217,13 @@ impl RowBuffer {
         true
     }
 
+    /// The values of these rows, for a port of float32.
+    pub fn floats(&self, rows: std::ops::Range<usize>) -> Vec<f32> {
+        let row = self.raw.len() / self.rows.max(1);
+        let raw = &self.raw[rows.start * row..rows.end * row];
+        raw.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value)).collect()
+    }
+
     /// The rows `from` to `to` as what the port takes.
     ///
     /// # Errors

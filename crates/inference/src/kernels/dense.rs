@@ -15,7 +15,7 @@ use super::turn::transpose;
 use crate::weights::AlignedBytes;
 
 /// Columns of a panel. Rows of a matrix that are as far apart as this are multiplied where they lie.
-const PANEL: usize = 256;
+pub(crate) const PANEL: usize = 256;
 
 /// A matrix (K x N) of float32.
 #[derive(Clone, Debug)]

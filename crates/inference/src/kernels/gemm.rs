@@ -8,6 +8,7 @@
 //! | up to [`LINE_MAX`] rows, `b` row-major | lines: `b` is read once, along its rows; wide ones by sweeps of 8 rows |
 //! | few columns, both operands contiguous along k | dot products |
 //! | `b` row-major | blocks of 6 rows by 4 vectors, straight from where `b` lies |
+//! | up to [`TURNED_MAX`] rows, the columns of `b` contiguous | its squares are turned in registers |
 //! | `b` otherwise, or its rows a page apart | the same, from a copy of a piece of `b` in the thread's scratch |
 //!
 //! Invariants: a row of the output has the same bits whatever the number of rows; bounds are checked once, here; nothing is allocated but the scratch, once a thread.
@@ -16,6 +17,7 @@
 use super::epilogue::{self, Activation, Bias};
 use super::micro::{DOTS, Isa, LINE_ROWS, LINE_VECTORS, Part, ROWS, SWEEP, VECTORS, isa};
 use super::turn::copy_panel;
+use super::turned::TURNED_ROWS;
 use std::cell::RefCell;
 
 /// Steps of k that are taken at a time: a piece of `b` as wide as a block stays in L1 or near it.
@@ -28,10 +30,12 @@ const COPIED: usize = 512;
 const LINE_MAX: usize = LINE_ROWS;
 /// Most rows for which the time is, in part, that of bringing `b` from memory.
 const FETCHED_MAX: usize = 96;
+/// Most rows for which turning `b` in registers, anew for each few rows, costs less than a copy of it.
+const TURNED_MAX: usize = 12;
 /// Wider rows than this are swept: a line would touch a new page for each of its steps.
 const LINE_WIDTH: usize = 256;
 /// Most columns of dot products. That it is not chosen by rows keeps their results apart from their number.
-pub(super) const DOTS_MAX: usize = 4;
+pub(crate) const DOTS_MAX: usize = 4;
 /// Rows of `b` at least this many elements apart are copied before many rows of `a` are multiplied with them: the same
 /// column of them falls into few sets of the cache, and into as many pages as there are rows.
 const FAR: usize = 512;
@@ -152,6 +156,8 @@ pub fn finished_product(
             finish(out, out_stride, (m, n), ending);
         } else if row_major && m <= LINE_MAX {
             lines(isa, m, whole);
+        } else if b.row_stride == 1 && m <= TURNED_MAX {
+            turned(isa, m, Part { b_row: b.col_stride, ..whole });
         } else {
             blocks(isa, m, whole, b.col_stride);
         }
@@ -211,6 +217,25 @@ unsafe fn dots(isa: &Isa, m: usize, whole: Part) {
                 });
             }
         }
+    }
+}
+
+/// # Safety
+/// As for [`dots`].
+unsafe fn turned(isa: &Isa, m: usize, whole: Part) {
+    let heights = m.div_ceil(TURNED_ROWS);
+    let mut row = 0;
+    for part in 0..heights {
+        let height = (m - row).div_ceil(heights - part);
+        // SAFETY: rows of the product.
+        unsafe {
+            (isa.turned[height - 1])(&Part {
+                a: whole.a.wrapping_add(row * whole.a_row),
+                out: whole.out.add(row * whole.out_row),
+                ..whole
+            });
+        }
+        row += height;
     }
 }
 

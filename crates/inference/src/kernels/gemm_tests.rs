@@ -152,3 +152,29 @@ fn endings_are_those_of_the_definition() {
         }
     });
 }
+
+#[test]
+fn columns_that_are_contiguous_give_the_bits_of_rows_that_are() {
+    at_each_level(|level| {
+        let mut random = Random::new(level as u64 + 31);
+        for round in 0..400 {
+            let (m, n, k) = (random.between(1, 20), random.between(5, 90), random.between(2, 70));
+            let slack = random.below(2) * random.below(9);
+            let stride = k + slack;
+            let lines = random.values((n - 1) * stride + k);
+            let rows: Vec<f32> = (0..k * n).map(|place| lines[place % n * stride + place / n]).collect();
+            let (a, bias, start) = (random.values(m * k), random.values(n), random.values(m * n));
+            let accumulate = round % 3 == 0;
+            let low = if round % 2 == 0 { 0.0 } else { f32::NEG_INFINITY };
+            let ending = Ending { bias: if accumulate || round % 5 == 0 { &[] } else { &bias }, low };
+            let multiply = |b: Operand| {
+                let mut out = start.clone();
+                finished_product(&mut out, n, (m, n, k), Operand::row_major(&a, k), b, accumulate, ending);
+                out.iter().map(|value| value.to_bits()).collect::<Vec<_>>()
+            };
+            let (turned, expected) =
+                (multiply(Operand::transposed(&lines, stride)), multiply(Operand::row_major(&rows, n)));
+            assert_eq!(turned, expected, "{m} x {n} x {k}, {level:?}, round {round}");
+        }
+    });
+}

@@ -47,6 +47,9 @@ pub(super) fn level() -> Level {
     })
 }
 
+/// Elements of the widest vector.
+pub(super) const WIDEST: usize = 16;
+
 /// A vector of float32.
 ///
 /// Every function needs the processor's features of the type; loads and stores need as many elements behind the
@@ -72,6 +75,8 @@ pub(super) trait Lanes: Copy {
     unsafe fn even(self, other: Self) -> Self;
     /// At least `low` and at most `high`; what is not a number stays so.
     unsafe fn clamp(self, low: Self, high: Self) -> Self;
+    /// Elements `at..at + 4` of the first `WIDTH` lines as four vectors, each with one element of every line.
+    unsafe fn turn(lines: &[*const f32; WIDEST], at: usize) -> [Self; 4];
 }
 
 /// Four elements, in what the compiler makes of an array.
@@ -162,6 +167,13 @@ impl Lanes for Four {
             if value > high.0[lane] { high.0[lane] } else { value }
         }))
     }
+
+    #[inline(always)]
+    unsafe fn turn(lines: &[*const f32; WIDEST], at: usize) -> [Four; 4] {
+        // SAFETY: four elements of each line lie there.
+        let lines: [Four; 4] = std::array::from_fn(|place| unsafe { Four::load(lines[place].add(at)) });
+        std::array::from_fn(|step| Four(std::array::from_fn(|place| lines[place].0[step])))
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -169,7 +181,7 @@ pub(super) use x86::{Eight, Sixteen};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::Lanes;
+    use super::{Lanes, WIDEST};
     use std::arch::x86_64::*;
 
     /// Eight elements: AVX2 and FMA.
@@ -266,6 +278,31 @@ mod x86 {
             // SAFETY: as above. Of two operands, the second is given where one is not a number.
             Eight(unsafe { _mm256_min_ps(high.0, _mm256_max_ps(low.0, self.0)) })
         }
+
+        #[inline(always)]
+        unsafe fn turn(lines: &[*const f32; WIDEST], at: usize) -> [Eight; 4] {
+            // SAFETY: as above. Lines that are four apart lie side by side, so each half is turned by itself.
+            unsafe {
+                let mut pairs = [_mm256_setzero_ps(); 4];
+                for place in 0..4 {
+                    let low = _mm256_castps128_ps256(_mm_loadu_ps(lines[place].add(at)));
+                    pairs[place] = _mm256_insertf128_ps::<1>(low, _mm_loadu_ps(lines[place + 4].add(at)));
+                }
+                let [a, b, c, d] = pairs;
+                let (ab, cd) = (_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d));
+                let (ab, cd) = (_mm256_castps_pd(ab), _mm256_castps_pd(cd));
+                let near = (_mm256_unpacklo_pd(ab, cd), _mm256_unpackhi_pd(ab, cd));
+                let (ab, cd) = (_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d));
+                let (ab, cd) = (_mm256_castps_pd(ab), _mm256_castps_pd(cd));
+                let far = (_mm256_unpacklo_pd(ab, cd), _mm256_unpackhi_pd(ab, cd));
+                [
+                    Eight(_mm256_castpd_ps(near.0)),
+                    Eight(_mm256_castpd_ps(near.1)),
+                    Eight(_mm256_castpd_ps(far.0)),
+                    Eight(_mm256_castpd_ps(far.1)),
+                ]
+            }
+        }
     }
 
     /// Sixteen elements: AVX-512F.
@@ -349,6 +386,33 @@ mod x86 {
         unsafe fn clamp(self, low: Sixteen, high: Sixteen) -> Sixteen {
             // SAFETY: as above. Of two operands, the second is given where one is not a number.
             Sixteen(unsafe { _mm512_min_ps(high.0, _mm512_max_ps(low.0, self.0)) })
+        }
+
+        #[inline(always)]
+        unsafe fn turn(lines: &[*const f32; WIDEST], at: usize) -> [Sixteen; 4] {
+            // SAFETY: as for `Eight`.
+            unsafe {
+                let mut fours = [_mm512_setzero_ps(); 4];
+                for place in 0..4 {
+                    let four = _mm512_castps128_ps512(_mm_loadu_ps(lines[place].add(at)));
+                    let four = _mm512_insertf32x4::<1>(four, _mm_loadu_ps(lines[place + 4].add(at)));
+                    let four = _mm512_insertf32x4::<2>(four, _mm_loadu_ps(lines[place + 8].add(at)));
+                    fours[place] = _mm512_insertf32x4::<3>(four, _mm_loadu_ps(lines[place + 12].add(at)));
+                }
+                let [a, b, c, d] = fours;
+                let (ab, cd) = (_mm512_unpacklo_ps(a, b), _mm512_unpacklo_ps(c, d));
+                let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+                let near = (_mm512_unpacklo_pd(ab, cd), _mm512_unpackhi_pd(ab, cd));
+                let (ab, cd) = (_mm512_unpackhi_ps(a, b), _mm512_unpackhi_ps(c, d));
+                let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+                let far = (_mm512_unpacklo_pd(ab, cd), _mm512_unpackhi_pd(ab, cd));
+                [
+                    Sixteen(_mm512_castpd_ps(near.0)),
+                    Sixteen(_mm512_castpd_ps(near.1)),
+                    Sixteen(_mm512_castpd_ps(far.0)),
+                    Sixteen(_mm512_castpd_ps(far.1)),
+                ]
+            }
         }
     }
 }

@@ -21,6 +21,7 @@
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Eight, Sixteen};
 use super::lanes::{Four, Lanes, Level, level};
+use super::turned::TURNED_ROWS;
 
 /// Most rows of a block.
 pub(super) const ROWS: usize = 6;
@@ -85,6 +86,9 @@ pub(super) struct Isa {
     /// Dot products of [`DOTS`]`.0` rows of `a` and `DOTS.1` columns of `b`, where `b_row` is the distance of
     /// columns, whose elements are contiguous, as are those of `a`'s rows. By rows - 1 and columns - 1.
     pub dots: [[Kernel; DOTS.1]; DOTS.0],
+    /// Few rows, any number of columns, where `b_row` is the distance of columns, whose elements are contiguous. By
+    /// rows - 1.
+    pub turned: [Kernel; TURNED_ROWS],
 }
 
 /// The kernels for this processor.
@@ -290,6 +294,7 @@ macro_rules! level {
                     [dots::<1, 1>, dots::<1, 2>, dots::<1, 3>, dots::<1, 4>],
                     [dots::<2, 1>, dots::<2, 2>, dots::<2, 3>, dots::<2, 4>],
                 ],
+                turned: [turned::<1>, turned::<2>, turned::<3>, turned::<4>],
             };
 
             const fn blocks<const AT: bool>() -> [[Kernel; VECTORS]; ROWS] {
@@ -329,6 +334,12 @@ macro_rules! level {
             unsafe fn dots<const R: usize, const C: usize>(part: &Part) {
                 // SAFETY: as above.
                 unsafe { super::dots::<$lanes, R, C>(part) }
+            }
+
+            #[$features]
+            unsafe fn turned<const R: usize>(part: &Part) {
+                // SAFETY: as above.
+                unsafe { super::super::turned::turned::<$lanes, R>(part) }
             }
         }
     };

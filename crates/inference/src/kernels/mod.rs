@@ -12,9 +12,8 @@
 //!   recurrent layer) has the same bits whatever other rows are computed with it: kernels are chosen by the other sizes, or
 //!   compute the same sums in the same order; functions of one value give the same bits in a vector and alone, because
 //!   the compiler may neither reorder nor fuse their steps;
-//! - `unsafe` is confined to [`lanes`], [`levels`], [`micro`], [`rows`], [`depthwise`], [`gemm`], [`turn`] and
-//!   [`epilogue`], behind functions that check
-//!   what they are given once.
+//! - `unsafe` is confined to [`lanes`], [`levels`], [`micro`], [`rows`], [`depthwise`], [`gemm`], [`turn`],
+//!   [`turned`] and [`epilogue`], behind functions that check what they are given once.
 
 pub mod conv;
 pub mod dense;
@@ -30,6 +29,7 @@ pub mod recurrent;
 mod rows;
 pub mod transposed;
 pub mod turn;
+mod turned;
 
 #[cfg(test)]
 pub(crate) mod tests;

@@ -1,0 +1,150 @@
+//! A set that is being made: members are cut, hashed, packed and noted, one by one.
+
+use crate::catalog::sets::{NewSet, SetWriter, Storage, check_member, set_blocks};
+use crate::pg::progress::{self, Field};
+use crate::pg::{error, interrupt};
+use crate::serving::sets::{OpenSet, Shared};
+use pgrx::prelude::*;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashSet};
+use std::convert::Infallible;
+use std::rc::Rc;
+use tensor_blocks::Block;
+use tensor_blocks::members::{Packer, Place, Recipe, block_capacity, segment_hash};
+use tensor_blocks::packing::TENSOR_PAGE_BYTES;
+
+/// A set that is being made.
+pub struct Making {
+    pub shared: Rc<Shared>,
+    parent: Option<Rc<OpenSet>>,
+    packer: Packer,
+    writer: RefCell<SetWriter>,
+    members: BTreeMap<String, (Vec<Place>, Option<Recipe>)>,
+    run: Vec<u8>,
+}
+
+/// What a set is made of.
+pub struct Plan<'a> {
+    pub name: &'a str,
+    pub storage: Storage,
+    pub parent: Option<Rc<OpenSet>>,
+    pub shared: Rc<Shared>,
+    /// As of a model version, with the number of parameters and their bytes.
+    pub signature: serde_json::Value,
+    pub training: Option<serde_json::Value>,
+}
+
+impl Making {
+    /// Stores the set's row; its name is locked.
+    pub fn begin(plan: Plan<'_>) -> Making {
+        let Plan { name, storage, parent, shared, signature, training } = plan;
+        let based_on = parent.as_ref().map(|parent| parent.row.id);
+        let writer = SetWriter::begin(&NewSet {
+            name,
+            storage,
+            based_on,
+            graph: &shared.graph,
+            graph_hash: shared.graph_hash,
+            signature,
+            training,
+        });
+        let member = shared.segments.bytes();
+        let mut packer = Packer::new(block_capacity(member, TENSOR_PAGE_BYTES as usize, Block::HEAD_OF_MATRIX));
+        if let Some(parent) = &parent {
+            // What the parent uses: contents are told by their hashes.
+            let blocks: HashSet<u32> =
+                parent.members().flat_map(|(member, _)| parent.places(member)).map(|place| place.block).collect();
+            set_blocks(parent.row.architecture, &|block| blocks.contains(&block), &mut |hash, place| packer.know(hash, place));
+        }
+        Making { shared, parent, packer, writer: RefCell::new(writer), members: BTreeMap::new(), run: Vec::new() }
+    }
+
+    /// Whether a member of this name was added.
+    pub fn has(&self, name: &str) -> bool {
+        self.members.contains_key(name)
+    }
+
+    fn check_new(&self, name: &str) {
+        check_member(name);
+        if self.has(name) {
+            error::raise(
+                PgSqlErrorCode::ERRCODE_DUPLICATE_OBJECT,
+                format!("member \"{name}\" is given twice"),
+                "",
+                "Give each member of a set once.",
+            );
+        }
+    }
+
+    /// Adds a member; `tensor` gives the bytes of one by ordinal, as many as the architecture says.
+    pub fn add<'t>(&mut self, name: &str, tensor: impl Fn(usize) -> &'t [u8]) {
+        self.check_new(name);
+        let segments = &self.shared.segments;
+        segments.gather(tensor, &mut self.run);
+        let starts = segments.starts();
+        let parts: Vec<_> = starts
+            .windows(2)
+            .map(|ends| {
+                let bytes = &self.run[ends[0]..ends[1]];
+                (segment_hash(bytes), bytes)
+            })
+            .collect();
+        let writer = &self.writer;
+        let mut number = || Ok::<u32, Infallible>(writer.borrow_mut().next_number());
+        let mut full = |block| {
+            writer.borrow_mut().block(block);
+            progress::add(Field::Blocks, 1);
+            Ok(())
+        };
+        let Ok(places) = self.packer.place(&parts, &mut number, &mut full);
+        self.members.insert(name.to_owned(), (places, None));
+    }
+
+    /// Adds a member of the parent by how it is trained.
+    pub fn add_recipe(&mut self, name: &str, places: Vec<Place>, recipe: Recipe) {
+        self.check_new(name);
+        self.members.insert(name.to_owned(), (places, Some(recipe)));
+    }
+
+    /// Takes over the parent's members that were not added, and stores the map. Returns the number of members.
+    pub fn finish(mut self) -> i64 {
+        let writer = &self.writer;
+        let Ok(()) = self.packer.finish::<Infallible>(&mut |block| {
+            writer.borrow_mut().block(block);
+            Ok(())
+        });
+        if let Some(parent) = self.parent.take() {
+            for (member, name) in parent.members() {
+                interrupt::check();
+                if self.members.contains_key(&name) {
+                    continue;
+                }
+                let recipe = parent.recipe(member);
+                if recipe.is_some() {
+                    cannot_take_over(&parent.row.name, &name);
+                }
+                self.members.insert(name, (parent.places(member), None));
+            }
+        }
+        if self.members.is_empty() {
+            error::raise(
+                PgSqlErrorCode::ERRCODE_NO_DATA_FOUND,
+                "the query gives no member",
+                "A set has at least one.",
+                "Give a query with a row for each member.",
+            );
+        }
+        let members = self.members.into_iter().map(|(name, (places, recipe))| (name, places, recipe)).collect();
+        self.writer.into_inner().finish(members)
+    }
+}
+
+/// Raises the ERROR for a member that is kept as a recipe of another set.
+fn cannot_take_over(set: &str, member: &str) -> ! {
+    error::raise(
+        PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+        format!("member \"{member}\" cannot be taken over from model set \"{set}\""),
+        "That set keeps how it is trained, not its parameters.",
+        &format!("Give all members: 'SELECT * FROM recover_model_set(''{set}'')' has them."),
+    )
+}
