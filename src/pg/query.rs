@@ -65,6 +65,12 @@ pub fn select(sql: &str, what: &str, begin: impl FnOnce(&[Column]), mut row: imp
     }
 }
 
+/// Raises `read_only_sql_transaction` where nothing may be written; `what` names the command.
+pub fn need_writable(what: &'static CStr) {
+    // SAFETY: the string is static.
+    unsafe { pg_sys::PreventCommandIfReadOnly(what.as_ptr()) }
+}
+
 /// Raises an ERROR unless the plan is one SELECT that changes and locks nothing.
 ///
 /// # Safety

@@ -94,7 +94,7 @@ pub fn find(base: &VersionRow, plan: &Plan, options: &NearOptions, how: Importan
             uses.insert(block.hash, (ordinal, 0));
         }
     }
-    let (tensors, targets) = targets(&weights, &kinds, &mut uses);
+    let (tensors, targets) = targets(base, &weights, &kinds, &mut uses);
     let (indexes, mut own) = index(&weights, &tensors, &targets, &uses, options, how);
     let movable: usize = own.len();
     found.shared = found.blocks - found.skipped - movable as u64;
@@ -105,7 +105,12 @@ pub fn find(base: &VersionRow, plan: &Plan, options: &NearOptions, how: Importan
 
 /// The blocks of these kinds, each once, of all models that the caller may use. Counts in `uses` how often blocks occur, in
 /// other models too.
-fn targets(weights: &OpenWeights, kinds: &HashSet<Kind>, uses: &mut Uses) -> (Vec<Tensor>, Vec<Target>) {
+fn targets(
+    base: &VersionRow,
+    weights: &OpenWeights,
+    kinds: &HashSet<Kind>,
+    uses: &mut Uses,
+) -> (Vec<Tensor>, Vec<Target>) {
     let (mut tensors, mut targets) = (Vec::new(), Vec::new());
     let mut seen = HashSet::new();
     for (version, usable) in catalog::versions() {
@@ -124,7 +129,9 @@ fn targets(weights: &OpenWeights, kinds: &HashSet<Kind>, uses: &mut Uses) -> (Ve
                 }
                 let tile = tensors[tensor].tile(number);
                 let kind = tile.map(|tile| (tensors[tensor].row.dtype, tile.shape()));
-                let wanted = usable && block.stored_bytes().is_some() && kind.is_some_and(|kind| kinds.contains(&kind));
+                let readable = usable || version == base.id;
+                let wanted =
+                    readable && block.stored_bytes().is_some() && kind.is_some_and(|kind| kinds.contains(&kind));
                 if wanted && seen.insert(block.hash) {
                     targets.push(Target { tensor, number, block });
                 }
@@ -155,7 +162,12 @@ fn index(
         let kind = (tensor.row.dtype, tile.shape());
         let index = indexes.entry(kind).or_insert_with(|| {
             NearIndex::new(values.len(), options).unwrap_or_else(|e| {
-                error::raise(PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE, e.to_string(), "", "")
+                error::raise(
+                    PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
+                    e.to_string(),
+                    "",
+                    "Leave span, or radius and tolerance, out for their defaults.",
+                )
             })
         });
         let signature = index.signature(values);

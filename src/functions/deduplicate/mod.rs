@@ -17,7 +17,7 @@ mod trial;
 use crate::catalog::{self, Merge, ModelSpec, VersionRow};
 use crate::pg::fmgr::{Call, sql_functions_of_users_code};
 use crate::pg::progress::{self, Activity, Field, Work};
-use crate::pg::{error, memory};
+use crate::pg::{error, memory, query};
 use candidates::Found;
 use metric::Metric;
 use pgrx::pg_sys;
@@ -55,7 +55,7 @@ fn parse<T: FromStr>(call: &Call, n: usize, name: &str, choice: &str) -> Option<
 fn natural(call: &Call, n: usize, name: &str) -> Option<u32> {
     call.get::<i32>(n).map(|number| match u32::try_from(number) {
         Ok(number) if number > 0 => number,
-        _ => invalid(format!("{name} must be above 0, not {number}"), ""),
+        _ => invalid(format!("{name} must be above 0, not {number}"), "Leave it out for its default."),
     })
 }
 
@@ -63,7 +63,7 @@ fn options(call: &Call) -> Options {
     let standard = NearOptions::default();
     let seed = call.need::<i64>(13, "seed") as u64;
     let near = NearOptions {
-        tolerance: call.get(4).unwrap_or(standard.tolerance),
+        tolerance: call.get::<f64>(4).map_or(standard.tolerance, |tolerance| tolerance as f32),
         share: call.get(5).unwrap_or(standard.share),
         radius: call.get(6).unwrap_or(standard.radius),
         span: parse(call, 7, "span", "It is 'run' or 'block'.").unwrap_or(standard.span),
@@ -78,7 +78,7 @@ fn options(call: &Call) -> Options {
     if max_drop.is_nan() || max_drop < 0.0 {
         invalid(format!("max_drop must not be negative, and is {max_drop}"), "It is in units of the metric.");
     }
-    let holdout: f32 = call.need(12, "holdout");
+    let holdout: f64 = call.need(12, "holdout");
     if !(holdout > 0.0 && holdout < 1.0) {
         invalid(
             format!("holdout must be between 0 and 1, and is {holdout}"),
@@ -91,7 +91,7 @@ fn options(call: &Call) -> Options {
         near,
         importance: parse(call, 10, "importance", choice).unwrap_or_default(),
         walk: natural(call, 11, "step").map_or(Walk::Bisect, |step| Walk::Steps(step as usize)),
-        holdout: f64::from(holdout),
+        holdout,
         seed,
         dry_run: call.need(14, "dry_run"),
     }
@@ -140,6 +140,9 @@ fn deduplicate_model(call: &Call) -> pg_sys::Datum {
     let spec = ModelSpec::parse(call.need(0, "name"));
     let (validation, metric): (&str, &str) = (call.need(1, "validation"), call.need(2, "metric"));
     let options = options(call);
+    if !options.dry_run {
+        query::need_writable(c"deduplicate_model()");
+    }
     catalog::check_owner(spec.name);
     let base = catalog::resolve(&spec);
     let _activity = Activity::begin(Work::Deduplicate, Some(&base.content_hash));
