@@ -2,10 +2,10 @@
 
     benches/run-deduplicate [--quick] [--drop D] [--options SQL] [--markdown FILE]
 
-The classifiers are trained here, on real texts (text_classifiers.py): 100,000 x 500 embeddings that come of one, 200 MB each. Each one
-is loaded, and deduplicated against those before it, guided by its validation texts; then comes the next. Accuracies are those of `predict` on test texts, which neither the
-training nor the deduplication has seen, and the files that `export_model` gives are run in ONNX Runtime as well. Pairwise and MISTIQUE-like
-detection run in numpy on the same blocks (near_blocks.py).
+The classifiers are trained here, on real texts (text_classifiers.py): 100,000 x 500 embeddings that come of one, 200 MB each. Each one is
+loaded, and deduplicated against those before it, guided by its validation texts; then comes the next. Accuracies are those of `predict` on test
+texts, which neither the training nor the deduplication has seen, and the files that `export_model` gives are run in ONNX Runtime as well.
+Pairwise and MISTIQUE-like detection run in numpy on the same blocks (near_blocks.py).
 """
 
 import argparse
