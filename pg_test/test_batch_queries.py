@@ -120,6 +120,7 @@ def answer(conn: psycopg.Connection, query: str, settings: list[str]) -> list[tu
         return conn.execute(query).fetchall()
 
 
+@pytest.mark.timeout(3600 if FULL else 300)
 def test_generated_queries(tables):
     generator, batched = Generator(SEED), 0
     with tables.connect() as conn:

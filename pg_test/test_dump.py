@@ -1,7 +1,9 @@
 """Models, their owners and their version numbers survive pg_dump and pg_restore; so do a user's own tables of blocks."""
 
+import numpy as np
 import pytest
 
+import fleet_models
 from cluster import Database
 from helpers import assert_answers, load, storage
 from workload import problems
@@ -27,6 +29,15 @@ def source(db, server):
         load(conn, "analysts", "fraud_fc_256_tuned")
         conn.execute("SELECT activate_model('analysts', 2)")
         conn.execute("RESET ROLE")
+        architecture, parameters = fleet_models.battery_nets(600)
+        fleet_models.copy_members(conn, "members", fleet_models.members(architecture, parameters))
+        conn.execute("SELECT save_model_set('cells', 'SELECT name, onnx FROM members')")
+        conn.execute("CREATE TABLE samples AS SELECT i AS id, ARRAY[i, 1, 2, 3]::real[] AS x, 0.5::real AS y FROM generate_series(1, 20) i")
+        conn.execute("SELECT train_model_set('trained', 'cells', 'train_feed_forward', 'SELECT x, y FROM samples ORDER BY id', '{}', '{0007}')")
+        parameters[3] += np.float32(1)
+        conn.execute("UPDATE members SET onnx = %s WHERE name = '0003'", (architecture.model(parameters[3]),))
+        conn.execute("SELECT save_model_set('updated', 'SELECT name, onnx FROM members', 'cells')")
+        conn.execute("ALTER DOMAIN tessera_model.updated OWNER TO analyst")
         conn.execute("CREATE TABLE own (id int, data tensor_block) USING tensor_block")
         conn.execute("INSERT INTO own SELECT i, array_fill((i % 3)::real, ARRAY[64, 64])::tensor_block FROM generate_series(1, 30) AS i")
         conn.execute("INSERT INTO own VALUES (0, '{NaN,Infinity,-0,1.1754944e-38,1e-45}'::real[]::tensor_block)")
@@ -43,6 +54,8 @@ def facts(conn) -> list:
     sql = ["SELECT name, version, active, owner::text, loaded_at FROM tessera.models ORDER BY 1, 2",
            "SELECT model, version, name, dtype, shape::text FROM tessera.model_inputs ORDER BY 1, 2, 3",
            "SELECT model, version, name, dtype, dims, blocks FROM tessera.tensors ORDER BY 1, 2, 3",
+           "SELECT name, owner::text, storage, based_on, members, bytes_added, training::text, created_at FROM tessera.model_sets ORDER BY 1",
+           "SELECT s, name, md5(model) FROM unnest(ARRAY['cells', 'updated', 'trained']) AS s, recover_model_set(s) ORDER BY 1, 2",
            "SELECT id, md5(data::bytea) FROM own ORDER BY 1"]
     return [conn.execute(statement).fetchall() for statement in sql]
 
@@ -73,6 +86,10 @@ def test_round_trip(source, server, tmp_path, form):
             assert_answers(after, "new", "fraud_fc_512", 7)
             for name in MODELS:
                 assert_answers(after, name, name, 1)
+            assert after.execute("SELECT predict('updated/0003', '{1,2,3,4}'::real[])").fetchone()[0]
+            after.execute("SELECT save_model_set('again', 'SELECT * FROM recover_model_set(''updated'') LIMIT 5', 'cells')")
+            after.execute("SELECT drop_model_set(s) FROM unnest(ARRAY['trained', 'cells', 'updated', 'again']) AS s")
+            assert after.execute("SELECT count(*) FROM tessera.set_block").fetchone()[0] == 0
             after.execute("SELECT drop_model('analysts')")
             after.execute("DROP TABLE own")
             after.execute("SELECT drop_model(name) FROM (SELECT DISTINCT name FROM tessera.models) AS m")

@@ -201,9 +201,9 @@ BAD = [
     ("save_model_set('s', 'SELECT '''' || chr(10), onnx FROM good')", "42602"),
     ("save_model_set('s', 'SELECT name, ''\\x00''::bytea FROM good')", "22P03"),
     ("save_model_set('s', 'SELECT name, onnx FROM good UNION ALL SELECT name || ''w'', onnx FROM wide')", "22023"),
-    ("save_model_set('s', 'DELETE FROM good')", "42P11"),
-    ("save_model_set('s', 'SELECT 1; SELECT 2')", "42P11"),
-    ("save_model_set('s', '')", "42P11"),
+    ("save_model_set('s', 'DELETE FROM good')", "42601"),
+    ("save_model_set('s', 'SELECT 1; SELECT 2')", "42601"),
+    ("save_model_set('s', '')", "42601"),
     ("save_model_set('s', 'SELEC')", "42601"),
     ("save_model_set('s', 'SELECT name, onnx FROM nowhere')", "42P01"),
     ("save_model_set('s', 'SELECT name, onnx FROM good', 'nothing')", "42704"),
@@ -253,7 +253,7 @@ def test_bad_input_is_a_clear_error_and_leaves_nothing(prepared, call, state):
         count = "SELECT (SELECT count(*) FROM tessera.model_set), (SELECT count(*) FROM tessera.set_block), (SELECT count(*) FROM tessera.set_map), (SELECT count(*) FROM pg_type WHERE typnamespace = 'tessera_model'::regnamespace)"
         before = conn.execute(count).fetchone()
         # PostgreSQL's own errors have no hints.
-        fails(conn, f"SELECT {call}", sqlstate=state, hint=state not in ("42601", "42P01") or "$2" in call)
+        fails(conn, f"SELECT {call}", sqlstate=state, hint=state != "42P01" and "SELEC'" not in call)
         assert conn.execute(count).fetchone() == before
 
 

@@ -9,10 +9,13 @@ import random
 import threading
 import time
 
+import numpy as np
 import psycopg
 
+import fleet_models
 from cluster import Cluster
 from helpers import onnx_file
+from near_models import Task
 
 SEEDS = 60
 MAKE = f"""
@@ -177,12 +180,60 @@ def exported(conn: psycopg.Connection, name: str) -> str:
     return hashlib.sha256(conn.execute("SELECT export_model(%s)", (name,)).fetchone()[0]).hexdigest()
 
 
+class Sets(Session):
+    """Saves sets of models, from members and based on other sets, trains them, and drops them."""
+
+    def step(self, conn: psycopg.Connection) -> None:
+        dice, name = self.dice, f"s{self.number}_{self.dice.randint(1, 4)}"
+        stored = sorted(key for key in self.state if not key.endswith("t"))
+        if name in self.state or name + "t" in self.state:
+            name = name if name in self.state else name + "t"
+            self.what = f"drop set {name}"
+            if any(key.endswith("t") and key != name for key in self.state):
+                name = next(key for key in self.state if key.endswith("t"))
+            self.doubt = {key: value for key, value in self.state.items() if key != name}
+            conn.execute("SELECT drop_model_set(%s)", (name,))
+        elif stored and dice.random() < 0.3:
+            name, base = name + "t", dice.choice(stored)
+            self.what = f"train set {name} of {base}"
+            # What it will be is known once it is there.
+            self.doubt = self.state | {name: "trained"}
+            conn.execute("SELECT train_model_set(%s, %s, 'train_feed_forward', 'SELECT x, y FROM sampled ORDER BY id', '{}', ARRAY['0001'], false)", (name, base))
+        else:
+            turn, base = dice.randint(1, 5), dice.choice([None, *stored])
+            self.what = f"save set {name} of {base}"
+            architecture, parameters = fleet_models.battery_nets(20)
+            parameters[:10, architecture.last_layers(1)] += np.float32(turn)
+            rows = list(fleet_models.members(architecture, parameters))
+            self.doubt = self.state | {name: digest(rows)}
+            query = "SELECT n, m FROM unnest(ARRAY['{}'], ARRAY[{}]) AS u (n, m)"
+            query = query.format("','".join(name for name, _ in rows), ",".join(f"'\\x{model.hex()}'::bytea" for _, model in rows))
+            conn.execute("SELECT save_model_set(%s, %s, %s)", (name, query, base))
+        self.state, self.doubt = self.doubt, None
+        self.committed += 1
+
+    def seen(self, conn: psycopg.Connection) -> dict:
+        names = conn.execute("SELECT name FROM tessera.model_sets WHERE name LIKE %s", (f"s{self.number}\\_%",)).fetchall()
+        seen = {}
+        for (name,) in names:
+            rows = conn.execute("SELECT name, model FROM recover_model_set(%s)", (name,)).fetchall()
+            # Recovery compares what is trained with what it was.
+            seen[name] = "trained" if name.endswith("t") else digest(rows)
+        return seen
+
+
+def digest(rows) -> str:
+    """Of names and files of a set's members."""
+    return hashlib.sha256(b"".join(name.encode() + model for name, model in sorted(rows))).hexdigest()
+
+
 class Maintenance(Session):
     """Vacuums, rewrites, repacks and checkpoints."""
 
     JOBS = ["VACUUM held", "VACUUM held", "VACUUM tessera.weight", "VACUUM tessera.weight", "VACUUM FULL held", "CLUSTER held USING held_pkey",
             "VACUUM FULL tessera.weight", "SELECT repack('held')", "SELECT repack('tessera.weight')", "SELECT repack('held', 'session')", "CHECKPOINT", "REINDEX TABLE held",
-            "VACUUM (FREEZE, DISABLE_PAGE_SKIPPING) held"]
+            "VACUUM (FREEZE, DISABLE_PAGE_SKIPPING) held", "VACUUM tessera.set_block, tessera.set_map", "VACUUM FULL tessera.set_block",
+            "SELECT repack('tessera.set_block', 'architecture')"]
 
     def step(self, conn: psycopg.Connection) -> None:
         self.what = self.dice.choice(self.JOBS)
@@ -192,13 +243,14 @@ class Maintenance(Session):
 
 
 class Workload:
-    """Three sessions of rows, two of models, one of maintenance."""
+    """Three sessions of rows, two of models, one of sets of models, one of maintenance, beside a model with near duplicates."""
 
     def __init__(self, cluster: Cluster, seed: int, prepares: bool = False):
         self.cluster, self.prepares = cluster, prepares
         self.failures: list[str] = []
         self.hashes: dict[str, str] = {}
-        kinds = [Rows, Rows, Rows, Models, Models, Maintenance]
+        self.near = ""
+        kinds = [Rows, Rows, Rows, Models, Models, Maintenance, Sets]
         self.sessions = [kind(self, i, seed * 100 + i) for i, kind in enumerate(kinds)]
         self.threads: list[threading.Thread] = []
         self.stopping = threading.Event()
@@ -214,6 +266,14 @@ class Workload:
                 conn.execute("SELECT load_model('sample', %b)", (onnx_file(content),))
                 self.hashes[content] = exported(conn, "sample")
                 conn.execute("SELECT drop_model('sample')")
+            conn.execute("CREATE TABLE sampled AS SELECT i AS id, ARRAY[i, 1, 2, 3]::real[] AS x, 0.5::real AS y FROM generate_series(1, 20) i")
+            near = Task()
+            near.table(conn)
+            near.load(conn, "near", near.first)
+            near.load(conn, "nearby", near.noised())
+            report = conn.execute("SELECT merged FROM deduplicate_model('nearby', 'SELECT x, label FROM v ORDER BY id', max_drop => 0.5)").fetchone()
+            assert report[0] > 0, "nothing is merged"
+            self.near = exported(conn, "nearby")
         assert len(set(self.hashes.values())) == len(CONTENTS)
 
     def start(self) -> None:
@@ -238,6 +298,7 @@ class Workload:
         with self.connect() as conn:
             for session in self.sessions:
                 session.settle(conn, where)
+            assert exported(conn, "nearby") == self.near, f"{where}: the model with near duplicates has changed"
             wrong = conn.execute(WRONG).fetchall()
             assert not wrong, f"{where}: rows with wrong values: {wrong}"
             found = problems(conn)

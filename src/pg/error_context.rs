@@ -2,10 +2,11 @@
 //!
 //! pgrx catches an ERROR of PostgreSQL where Rust calls C, unwinds, and raises a new one where C had called Rust. The new
 //! one lacks the CONTEXT of what ran inside ("while updating tuple (0,1) in relation ..."), the names of table and
-//! constraint, and the inner query. So a callback in which that matters has a frame on `error_context_stack`: PostgreSQL
+//! constraint, the inner query, and a SQLSTATE of the user's own. So a callback in which that matters has a frame on `error_context_stack`: PostgreSQL
 //! calls it while the ERROR is finished, after those of what ran inside, and it keeps a copy; it is called once more when
 //! the ERROR is raised anew, and then puts back what is missing. Callbacks further out add their part to the new one.
 
+use pgrx::PgSqlErrorCode;
 use pgrx::pg_sys;
 use std::ffi::{CStr, c_char, c_int, c_void};
 
@@ -18,6 +19,7 @@ unsafe extern "C-unwind" {
     fn internalerrquery(query: *const c_char) -> c_int;
     fn internalerrposition(position: c_int) -> c_int;
     fn errposition(position: c_int) -> c_int;
+    fn errcode(code: c_int) -> c_int;
 }
 
 /// Without a destructor: an ERROR that is raised anew jumps over it.
@@ -91,12 +93,16 @@ unsafe fn is_anew(data: &pg_sys::ErrorData, kept: &pg_sys::ErrorData) -> bool {
     let same = |a: *mut c_char, b: *mut c_char| unsafe {
         !a.is_null() && !b.is_null() && CStr::from_ptr(a) == CStr::from_ptr(b)
     };
-    data.context.is_null() && data.sqlerrcode == kept.sqlerrcode && same(data.message, kept.message)
+    // A SQLSTATE that pgrx does not know has become internal_error.
+    let same_code =
+        data.sqlerrcode == kept.sqlerrcode || data.sqlerrcode == PgSqlErrorCode::ERRCODE_INTERNAL_ERROR as c_int;
+    data.context.is_null() && same_code && same(data.message, kept.message)
 }
 
 unsafe fn put_back(kept: &pg_sys::ErrorData) {
     // SAFETY: strings, or null; they are copied.
     unsafe {
+        errcode(kept.sqlerrcode);
         if !kept.context.is_null() {
             errcontext_msg(c"%s".as_ptr(), kept.context);
         }

@@ -8,7 +8,6 @@
 pub mod array;
 pub mod buffer;
 pub mod compute;
-pub mod cursor;
 pub mod error;
 pub mod error_context;
 pub mod exec;

@@ -1,7 +1,8 @@
-//! Queries of users: run with their own rights, under the statement's snapshot, and only to read.
+//! Queries of users: run with the rights that the current function has, row by row, in bounded memory.
 //!
-//! Invariants: what such a query calls cannot change the database either, since the transaction is read-only meanwhile;
-//! an ERROR undoes that with the transaction or subtransaction that it ends.
+//! Invariants: a query is one SELECT; where it is only to read, it runs under the statement's snapshot, and what it calls cannot change
+//! the database either, since the transaction is read-only meanwhile; an ERROR undoes that with the transaction or subtransaction
+//! that it ends.
 
 use super::{error, interrupt, memory, nodes};
 use pgrx::pg_sys::{self, Datum};
@@ -20,12 +21,27 @@ pub struct Column {
 /// Most bytes of rows that are asked for at a time, as far as the row before tells.
 const PIECE: usize = 1 << 20;
 
+/// What the functions that a query calls may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Calls {
+    /// Read.
+    Read,
+    /// Whatever they may do in the transaction.
+    Any,
+}
+
 /// Runs the SELECT `sql`, which `what` names in errors: gives its columns to `begin`, then each row to `row`, which returns
 /// the bytes of it. What `row` allocates in the current memory context is gone with the next row.
 ///
 /// Errors: whatever the query raises; `syntax_error` if it is no single SELECT, `read_only_sql_transaction` if it writes or
 /// locks rows.
-pub fn select(sql: &str, what: &str, begin: impl FnOnce(&[Column]), mut row: impl FnMut(&[Option<Datum>]) -> usize) {
+pub fn select(
+    sql: &str,
+    what: &str,
+    calls: Calls,
+    begin: impl FnOnce(&[Column]),
+    mut row: impl FnMut(&[Option<Datum>]) -> usize,
+) {
     let Ok(text) = CString::new(sql) else { not_a_select(what) };
     // SAFETY: SPI as its documentation asks for; an ERROR on the way ends the connection, the cursor and the contexts with
     // the (sub)transaction. `XactReadOnly` is backend state that transaction and subtransaction abort restore.
@@ -36,9 +52,9 @@ pub fn select(sql: &str, what: &str, begin: impl FnOnce(&[Column]), mut row: imp
             not_a_select(what);
         }
         check(plan, what);
-        let read_only = pg_sys::XactReadOnly;
-        pg_sys::XactReadOnly = true;
-        let portal = pg_sys::SPI_cursor_open(std::ptr::null(), plan, std::ptr::null_mut(), std::ptr::null(), true);
+        let (before, read_only) = (pg_sys::XactReadOnly, calls == Calls::Read);
+        pg_sys::XactReadOnly |= read_only;
+        let portal = pg_sys::SPI_cursor_open(std::ptr::null(), plan, std::ptr::null_mut(), std::ptr::null(), read_only);
         begin(&columns((*portal).tupDesc));
         let of_row = memory::new_context(pg_sys::CurrentMemoryContext, c"pg_tessera row of a query");
         let mut wanted = 1;
@@ -60,7 +76,7 @@ pub fn select(sql: &str, what: &str, begin: impl FnOnce(&[Column]), mut row: imp
             wanted = (PIECE / bytes.max(1)).clamp(1, 1024) as _;
         }
         pg_sys::SPI_cursor_close(portal);
-        pg_sys::XactReadOnly = read_only;
+        pg_sys::XactReadOnly = before;
         pg_sys::SPI_finish();
     }
 }

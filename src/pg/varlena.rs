@@ -172,6 +172,15 @@ pub fn decompress(stored: &[u8], raw_len: u32) -> Result<Vec<u8>, String> {
     .execute()
 }
 
+/// Calls `f` with the detoasted bytes of a varlena.
+///
+/// # Safety
+/// `datum` points at a varlena; a copy is made in the current memory context if it has to be.
+pub unsafe fn with_bytes<T>(datum: pg_sys::Datum, f: impl FnOnce(&[u8]) -> T) -> T {
+    // SAFETY: by the contract.
+    unsafe { f(payload(pg_sys::pg_detoast_datum_packed(datum.cast_mut_ptr()))) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -11,6 +11,7 @@ use crate::cache;
 use crate::catalog::{self, sets::split_member};
 use crate::pg::{array, interrupt};
 use crate::serving::sets::{self, Member, OpenSet};
+use crate::serving::settings;
 use inference::array::RowBuffer;
 use inference::error::ModelError;
 use inference::signature::Port;
@@ -227,7 +228,15 @@ impl Group {
         made: &mut Vec<pg_sys::Datum>,
     ) -> Result<usize, ModelError> {
         match &self.of {
-            Of::Model(model) => model.predict(&self.rows, range, done, |value| made.push(value)),
+            Of::Model(model) => {
+                let (mut from, mut bytes) = (range.start, 0);
+                while from < range.end {
+                    let to = from.saturating_add(settings::batch_size()).min(range.end);
+                    bytes = model.predict(&self.rows, from..to, done, |value| made.push(value))?;
+                    from = to;
+                }
+                Ok(bytes)
+            }
             Of::Set { set, members, .. } => {
                 let (begin, [hits, misses]) = (Instant::now(), cache::session_counts());
                 let count = range.len();

@@ -13,6 +13,9 @@ use pgrx::prelude::*;
 /// Bytes of a batch of which nothing is given back before the next.
 const LITTLE: usize = 256 << 10;
 
+/// Models that rows of a batch may name, for its size: the batch is so much larger.
+const MODELS: usize = 64;
+
 /// What became of an input.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Gathered {
@@ -115,10 +118,11 @@ impl Scan {
             }
             if !alone {
                 let asked = self.asked(context);
-                let wanted = self.size.min(self.within).min(settings::batch_size()).min(asked);
+                let most = self.most_rows();
+                let wanted = self.size.min(self.within).min(most).min(asked);
                 let limit = settings::batch_bytes();
                 self.fetch(child, context, wanted, limit);
-                self.size = (2 * self.size).min(settings::batch_size());
+                self.size = (2 * self.size).min(most);
             }
             if self.rows.is_empty() && !self.held.is_null() {
                 self.take_alone(context);
@@ -128,6 +132,12 @@ impl Scan {
             }
             self.done.largest = self.done.largest.max(self.rows.len() as u64);
         }
+    }
+
+    /// The most rows of a batch, as far as memory allows. Where rows name their models, a model gets few of them.
+    fn most_rows(&self) -> usize {
+        let by_row = self.calls.iter().any(|call| call.layout.by_row);
+        settings::batch_size() * if by_row { MODELS } else { 1 }
     }
 
     /// While batches grow, what a smaller one took is given back before a larger one is fetched: the C library keeps it in
@@ -472,7 +482,8 @@ impl Scan {
                 self.show(slot, row);
                 pg_sys::CurrentMemoryContext = (*context).ecxt_per_tuple_memory;
                 let call = &mut self.calls[at];
-                let batched = call.layout.by_row || !call.refused && call.model.as_ref().is_none_or(|model| model.batched);
+                let batched =
+                    call.layout.by_row || !call.refused && call.model.as_ref().is_none_or(|model| model.batched);
                 if !batched {
                     self.odd[row] = true;
                     continue;

@@ -54,7 +54,8 @@ impl Shared {
 
     /// For a graph, as `onnx::strip` gives it, and the signature that is stored with it.
     pub fn of_graph(graph: Vec<u8>, graph_hash: [u8; 32], signature: &serde_json::Value) -> Shared {
-        let independent = signature.pointer("/rows/verdict").and_then(|verdict| verdict.as_str()) == Some("independent");
+        let independent =
+            signature.pointer("/rows/verdict").and_then(|verdict| verdict.as_str()) == Some("independent");
         let signature = serde_json::from_value(signature.clone()).unwrap_or_else(|e| damaged(&e.to_string()));
         let tensors = onnx::stored_tensors(&graph).unwrap_or_else(|e| error::raise_model(e));
         let sizes = tensors.iter().map(|tensor| (tensor.bytes as usize, tensor.dims.len()));
@@ -319,7 +320,8 @@ impl OpenSet {
         let begin = Instant::now();
         let (k, n) = net.widths();
         assert_eq!(x.len(), members.len() * k, "values of the rows");
-        let mut order: Vec<(Member, u32)> = members.iter().enumerate().map(|(at, member)| (*member, at as u32)).collect();
+        let mut order: Vec<(Member, u32)> =
+            members.iter().enumerate().map(|(at, member)| (*member, at as u32)).collect();
         order.sort_unstable();
         let start = out.len();
         out.resize(start + members.len() * n, 0.0);
@@ -373,7 +375,16 @@ impl OpenSet {
     }
 
     #[allow(clippy::too_many_arguments)] // What a run consists of.
-    fn run(&self, net: &FeedForward, member: Member, numbers: &[u32], pins: &[Pin], x: &[f32], m: usize, out: &mut [f32]) {
+    fn run(
+        &self,
+        net: &FeedForward,
+        member: Member,
+        numbers: &[u32],
+        pins: &[Pin],
+        x: &[f32],
+        m: usize,
+        out: &mut [f32],
+    ) {
         let (places, segments) = (self.places(member), &self.shared.segments);
         let segment = |number: usize| -> &[u8] {
             let place = places[number];

@@ -2,11 +2,12 @@
 //!
 //! The net is 5-48-48-48-1 with Relu. Prints, for each form of its layers and 1, 4 and 32 rows a call, the nanoseconds of a row:
 //! of one member, which stays in a near cache; of MEMBERS (default 5,000, 100 MB) in random order, which come from memory; and
-//! of the compiled plan of one member. Each figure is the best of some rounds of CPU time.
+//! of the compiled plan of one member. Then, for training such a net, the nanoseconds of a row in an epoch. Each figure is the
+//! best of some rounds of CPU time.
 
 #![allow(unsafe_code)] // The clock of CPU time, which the standard library lacks.
 
-use inference::net::{FeedForward, Scratch};
+use inference::net::{FeedForward, Scratch, TrainOptions, train};
 use inference::onnx::{NoExternalData, strip};
 use inference::plan::{CompileOptions, Plan};
 use inference::tensor::HostTensor;
@@ -25,7 +26,7 @@ type Failure = Box<dyn std::error::Error>;
 
 fn main() {
     let members = std::env::args().nth(1).map_or(Ok(5000), |argument| argument.parse());
-    let done = members.map_err(Failure::from).and_then(bench);
+    let done = members.map_err(Failure::from).and_then(bench).and_then(|()| bench_training());
     if let Err(error) = done {
         eprintln!("{error}");
         std::process::exit(1);
@@ -85,6 +86,33 @@ fn bench(members: usize) -> Result<(), Failure> {
             let form = if turned { "Gemm, transB = 1" } else { "MatMul, Add" };
             println!("| {form} | {m} | {warm:.0} | {cold:.0} | {planned:.0} |");
         }
+    }
+    Ok(())
+}
+
+fn bench_training() -> Result<(), Failure> {
+    const ROWS: usize = 5000;
+    println!("\n| rows of a step | layers trained | training, ns a row and epoch |");
+    println!("| ---: | ---: | ---: |");
+    let bytes = model(true).encode_to_vec();
+    let stripped = strip(&bytes, &mut NoExternalData, &mut || Ok(()))?;
+    let net = FeedForward::of_graph(&stripped.graph).ok_or("the net is not recognised")?;
+    let floats = |data: &[u8]| data.as_chunks::<4>().0.iter().map(|word| f32::from_le_bytes(*word)).collect();
+    let start: Vec<Vec<f32>> = stripped.tensors.iter().map(|tensor| floats(&tensor.data)).collect();
+    let mut random = Random(3);
+    let x: Vec<f32> = (0..ROWS * 5).map(|_| random.value()).collect();
+    let y: Vec<f32> = x.chunks(5).map(|row| row[0] * row[1] + row[2]).collect();
+    for (batch, layers) in [(32, 4), (256, 4), (32, 1)] {
+        let timed = |epochs: u32| {
+            let options = TrainOptions { epochs, batch, layers: Some(layers), ..TrainOptions::default() };
+            best(ROWS, || {
+                train(&net, &mut start.clone(), &x, &y, ROWS, &options, &mut || Ok(()))?;
+                Ok(())
+            })
+        };
+        // Without the losses before and after.
+        let epoch = (timed(3)? - timed(1)?) / 2.0;
+        println!("| {batch} | {layers} | {epoch:.0} |");
     }
     Ok(())
 }

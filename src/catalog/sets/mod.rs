@@ -18,7 +18,7 @@ mod read;
 mod write;
 
 pub use read::{
-    Architecture, SetRow, Storage, architecture, check_member, chunk, chunk_starts, look_up_set, no_such_member, resolve_set,
-    set_blocks, set_content, set_of_id, signature_of_graph, split_member,
+    Architecture, SetRow, Storage, architecture, check_member, chunk, chunk_starts, look_up_set, no_such_member,
+    resolve_set, set_blocks, set_content, set_of_id, signature_of_graph, split_member,
 };
 pub use write::{NewSet, SetWriter, drop_orphan_sets, drop_set, lock_set_name};

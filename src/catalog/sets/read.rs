@@ -28,10 +28,6 @@ impl Storage {
             Storage::Provenance => "provenance",
         }
     }
-
-    fn of_name(name: &str) -> Option<Storage> {
-        [Storage::Baseline, Storage::Update, Storage::Provenance].into_iter().find(|storage| storage.name() == name)
-    }
 }
 
 /// A row of `tessera.model_set`.
@@ -43,8 +39,6 @@ pub struct SetRow {
     pub name: String,
     /// `tessera.architecture.id`
     pub architecture: i64,
-    /// How it is stored.
-    pub storage: Storage,
     /// The set that it was made from; it may be gone.
     pub based_on: Option<i64>,
     /// How its members are trained.
@@ -81,8 +75,6 @@ fn set_of(row: &Row) -> SetRow {
         name: column(row, 2, "a set has no name"),
         domain: column(row, 3, "a set has no domain"),
         architecture: column(row, 4, "a set has no architecture"),
-        storage: Storage::of_name(&column::<String>(row, 5, "a set has no storage"))
-            .unwrap_or_else(|| damaged("the storage of a set is not known")),
         based_on: row.get(6),
         training: row.get::<pgrx::JsonB>(9).map(|json| json.0),
     }
@@ -196,7 +188,8 @@ pub fn chunk_starts(set: i64) -> Vec<String> {
 pub fn chunk(set: i64, number: usize, segments: usize) -> Chunk {
     let keys = [Key::Int8(set), Key::Int4(number as i32)];
     let found = by_index(relation(c"set_map"), relation(c"set_map_pkey"), &keys, |row| {
-        let part = |n: usize| row.with_bytes(n, <[u8]>::to_vec).unwrap_or_else(|| damaged("a part of a set's map is empty"));
+        let part =
+            |n: usize| row.with_bytes(n, <[u8]>::to_vec).unwrap_or_else(|| damaged("a part of a set's map is empty"));
         ControlFlow::Break(Chunk::decode(&part(4), &part(5), &part(6), segments))
     });
     match found {
@@ -215,7 +208,9 @@ pub fn set_blocks(architecture: i64, wanted: &dyn Fn(u32) -> bool, f: &mut dyn F
         let block = u32::try_from(number).unwrap_or_else(|_| damaged("the number of a set's block is out of range"));
         if wanted(block) {
             let sound = row.with_bytes(3, |index| {
-                decode_index(index).map(|segments| segments.for_each(|(at, hash)| f(hash, Place { block, at }))).is_some()
+                decode_index(index)
+                    .map(|segments| segments.for_each(|(at, hash)| f(hash, Place { block, at })))
+                    .is_some()
             });
             if sound != Some(true) {
                 damaged("the list of a block's segments cannot be read");

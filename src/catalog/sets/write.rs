@@ -79,11 +79,20 @@ impl SetWriter {
                 &[new.graph_hash.to_vec().into(), pgrx::JsonB(new.signature.clone()).into()],
             )?;
             let architecture: i64 = client
-                .update("SELECT id FROM tessera.architecture WHERE graph_hash = $1", Some(1), &[new.graph_hash.to_vec().into()])?
+                .update(
+                    "SELECT id FROM tessera.architecture WHERE graph_hash = $1",
+                    Some(1),
+                    &[new.graph_hash.to_vec().into()],
+                )?
                 .first()
                 .get_one()?
                 .unwrap_or_else(|| damaged("an architecture is missing"));
-            let domain = create_domain(client, new.name, caller, "a set of models of pg_tessera: its owner owns the set, USAGE allows to predict")?;
+            let domain = create_domain(
+                client,
+                new.name,
+                caller,
+                "a set of models of pg_tessera: its owner owns the set, USAGE allows to predict",
+            )?;
             let set: i64 = client
                 .update(
                     "INSERT INTO tessera.model_set (name, domain, architecture, storage, based_on, members, bytes_added, training)
@@ -109,8 +118,12 @@ impl SetWriter {
     pub fn next_number(&mut self) -> u32 {
         if self.numbers.is_empty() {
             self.numbers = as_owner(|client, _| {
-                let query = "SELECT pg_catalog.nextval('tessera.set_block_number_seq') FROM pg_catalog.generate_series(1, $1)";
-                client.update(query, None, &[(HELD as i32).into()])?.map(|row| row.get::<i64>(1)).collect::<Result<Vec<_>, _>>()
+                let query =
+                    "SELECT pg_catalog.nextval('tessera.set_block_number_seq') FROM pg_catalog.generate_series(1, $1)";
+                client
+                    .update(query, None, &[(HELD as i32).into()])?
+                    .map(|row| row.get::<i64>(1))
+                    .collect::<Result<Vec<_>, _>>()
             });
             self.numbers.reverse();
         }
@@ -183,7 +196,7 @@ impl SetWriter {
                 client.update(
                     "INSERT INTO tessera.set_map (model_set, chunk, first_name, names, places, recipes) VALUES ($1, $2, $3, $4, $5, $6)",
                     None,
-                    &[set.into(), (number as i32).into(), first.into(), names.into(), places.into(), recipes.into()],
+                    &[set.into(), number.into(), first.into(), names.into(), places.into(), recipes.into()],
                 )?;
             }
             client.update(
@@ -198,20 +211,23 @@ impl SetWriter {
 
 /// Raises an ERROR if a set or a model has the name, or a model one that a member of the set could have.
 fn check_free(client: &mut SpiClient<'_>, name: &str) -> Result<(), SpiError> {
-    let taken = |what: String, hint: &str| -> ! {
-        error::raise(PgSqlErrorCode::ERRCODE_DUPLICATE_OBJECT, what, "", hint)
-    };
+    let taken =
+        |what: String, hint: &str| -> ! { error::raise(PgSqlErrorCode::ERRCODE_DUPLICATE_OBJECT, what, "", hint) };
     if !client.update("SELECT FROM tessera.model_set WHERE name = $1", Some(1), &[name.into()])?.is_empty() {
         taken(
             format!("model set \"{name}\" already exists"),
             "Save under another name, based on this set if it is a new generation of it, or drop it first.",
         );
     }
-    let query = "SELECT m.name FROM tessera.model m WHERE m.name = $1 OR pg_catalog.starts_with(m.name, $1 || '/') LIMIT 1";
+    let query =
+        "SELECT m.name FROM tessera.model m WHERE m.name = $1 OR pg_catalog.starts_with(m.name, $1 || '/') LIMIT 1";
     let models = client.update(query, Some(1), &[name.into()])?;
     if !models.is_empty() {
         let model = models.first().get_one::<String>()?.unwrap_or_default();
-        taken(format!("model \"{model}\" already exists, which could not be told from a set \"{name}\""), "Choose another name.");
+        taken(
+            format!("model \"{model}\" already exists, which could not be told from a set \"{name}\""),
+            "Choose another name.",
+        );
     }
     Ok(())
 }
@@ -282,8 +298,10 @@ pub fn drop_orphan_sets() {
         gone.iter().for_each(|(.., graph_hash)| lock_architecture(graph_hash, true));
         let ids: Vec<i64> = gone.iter().map(|(id, ..)| *id).collect();
         check_not_needed(client, &ids)?;
-        for query in ["DELETE FROM tessera.set_map WHERE model_set = ANY ($1)", "DELETE FROM tessera.model_set WHERE id = ANY ($1)"]
-        {
+        for query in [
+            "DELETE FROM tessera.set_map WHERE model_set = ANY ($1)",
+            "DELETE FROM tessera.model_set WHERE id = ANY ($1)",
+        ] {
             client.update(query, None, &[ids.clone().into()])?;
         }
         let mut architectures: Vec<i64> = gone.iter().map(|(_, _, architecture, _)| *architecture).collect();
@@ -319,7 +337,9 @@ fn check_not_needed(client: &mut SpiClient<'_>, sets: &[i64]) -> Result<(), SpiE
         PgSqlErrorCode::ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST,
         format!("cannot drop model set \"{parent}\" because set \"{child}\" is trained from it"),
         "Members that are not stored but trained need the members that they are trained from.",
-        &format!("Drop \"{child}\" first, or save its members: save_model_set('...', 'SELECT * FROM recover_model_set(''{child}'')')."),
+        &format!(
+            "Drop \"{child}\" first, or save its members: save_model_set('...', 'SELECT * FROM recover_model_set(''{child}'')')."
+        ),
     )
 }
 

@@ -101,6 +101,7 @@ impl Rows {
         query::select(
             sql,
             WHAT,
+            query::Calls::Read,
             |columns| {
                 let [features, of_label] = columns else {
                     error::raise(

@@ -16,6 +16,7 @@ use tensor_blocks::packing::TENSOR_PAGE_BYTES;
 /// A set that is being made.
 pub struct Making {
     pub shared: Rc<Shared>,
+    storage: Storage,
     parent: Option<Rc<OpenSet>>,
     packer: Packer,
     writer: RefCell<SetWriter>,
@@ -54,9 +55,19 @@ impl Making {
             // What the parent uses: contents are told by their hashes.
             let blocks: HashSet<u32> =
                 parent.members().flat_map(|(member, _)| parent.places(member)).map(|place| place.block).collect();
-            set_blocks(parent.row.architecture, &|block| blocks.contains(&block), &mut |hash, place| packer.know(hash, place));
+            set_blocks(parent.row.architecture, &|block| blocks.contains(&block), &mut |hash, place| {
+                packer.know(hash, place)
+            });
         }
-        Making { shared, parent, packer, writer: RefCell::new(writer), members: BTreeMap::new(), run: Vec::new() }
+        Making {
+            shared,
+            storage,
+            parent,
+            packer,
+            writer: RefCell::new(writer),
+            members: BTreeMap::new(),
+            run: Vec::new(),
+        }
     }
 
     /// Whether a member of this name was added.
@@ -119,11 +130,11 @@ impl Making {
                 if self.members.contains_key(&name) {
                     continue;
                 }
-                let recipe = parent.recipe(member);
-                if recipe.is_some() {
+                let recipe = parent.recipe(member).map(Recipe::inherited);
+                if recipe.is_some() && self.storage != Storage::Provenance {
                     cannot_take_over(&parent.row.name, &name);
                 }
-                self.members.insert(name, (parent.places(member), None));
+                self.members.insert(name, (parent.places(member), recipe));
             }
         }
         if self.members.is_empty() {

@@ -5,12 +5,12 @@
 //! - [`recover`]: members as ONNX files again;
 //! - [`recommend`]: what each way of keeping a set costs.
 
+mod fit;
 mod members;
 mod placeholder;
 mod recommend;
 mod recover;
 mod save;
-mod fit;
 mod train;
 
 use crate::catalog::{self, sets};

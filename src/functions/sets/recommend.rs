@@ -4,7 +4,7 @@
 //! what the sample's bytes take to be copied and hashed once more, since nothing is stored here.
 
 use super::recover::{parent_of, recovered};
-use crate::pg::fmgr::{Call, Rows, sql_functions};
+use crate::pg::fmgr::{Call, Rows, sql_functions_of_users_code};
 use crate::serving::sets::{Reader, set_of};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
@@ -12,7 +12,7 @@ use std::collections::HashSet;
 use std::time::Instant;
 use tensor_blocks::members::Place;
 
-sql_functions!(recommend_storage);
+sql_functions_of_users_code!(recommend_storage);
 
 /// Members of the sample.
 const SAMPLE: usize = 32;
@@ -68,7 +68,8 @@ fn recommend_storage(call: &Call) -> pg_sys::Datum {
     // What differs from the set that it is based on; what is trained is taken to differ as a whole.
     let changed = parent.as_ref().map(|parent| {
         let known: HashSet<Place> = parent.members().flat_map(|(member, _)| parent.places(member)).collect();
-        let sizes: Vec<f64> = (0..set.shared.segments.count()).map(|n| set.shared.segments.size(n) as f64 + BESIDE).collect();
+        let sizes: Vec<f64> =
+            (0..set.shared.segments.count()).map(|n| set.shared.segments.size(n) as f64 + BESIDE).collect();
         let mut bytes = count * 6.0 * segments;
         for (member, _) in &members {
             let is_trained = set.recipe(*member).is_some();

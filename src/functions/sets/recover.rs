@@ -3,14 +3,14 @@
 use super::train;
 use crate::catalog::sets;
 use crate::pg::error;
-use crate::pg::fmgr::{Call, MAX_ALLOC, Rows, sql_functions, varlena_datum};
+use crate::pg::fmgr::{Call, MAX_ALLOC, Rows, sql_functions_of_users_code, varlena_datum};
 use crate::serving::sets::{Member, OpenSet, Reader, open, set_of};
 use inference::onnx;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::rc::Rc;
 
-sql_functions!(recover_model, recover_model_set);
+sql_functions_of_users_code!(recover_model, recover_model_set);
 
 fn recover_model(call: &Call) -> pg_sys::Datum {
     let spec: &str = call.need(0, "member");
@@ -31,7 +31,8 @@ fn recover_model_set(call: &Call) -> pg_sys::Datum {
     let set = set_of(call.need(0, "set_name"));
     let mut rows = Rows::start(call);
     // In the order in which they are stored, so that each block is read about once.
-    let mut members: Vec<_> = set.members().map(|(member, name)| (set.places(member).first().copied(), member, name)).collect();
+    let mut members: Vec<_> =
+        set.members().map(|(member, name)| (set.places(member).first().copied(), member, name)).collect();
     members.sort_by_key(|(place, member, _)| (place.map(|place| (place.block, place.at)), *member));
     let mut reader = Reader::default();
     for (_, member, name) in members {

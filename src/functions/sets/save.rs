@@ -4,11 +4,11 @@ use super::check_set_name;
 use super::members::{Making, Plan};
 use crate::catalog::sets::{self, Storage};
 use crate::functions::load::describe;
-use crate::pg::array;
-use crate::pg::cursor::{Column, QueryRow, each_row};
-use crate::pg::fmgr::{Call, sql_functions};
+use crate::pg::fmgr::{Call, sql_functions_of_users_code};
 use crate::pg::progress::{Activity, Work};
-use crate::pg::{error, interrupt};
+use crate::pg::query::{self, Calls, Column};
+use crate::pg::value::type_name;
+use crate::pg::{array, error, interrupt, varlena};
 use crate::serving;
 use crate::serving::sets::{OpenSet, Shared, set_of};
 use inference::error::ModelError;
@@ -16,69 +16,71 @@ use inference::onnx::{self, NoExternalData, StoredTensor, Stripped};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::borrow::Cow;
+use std::cell::Cell;
 use std::rc::Rc;
 use tensor_blocks::DType;
 
-sql_functions!(save_model_set, load_model_set);
+sql_functions_of_users_code!(save_model_set, load_model_set);
 
 fn save_model_set(call: &Call) -> pg_sys::Datum {
-    let (name, query): (&str, &str) = (call.need(0, "set_name"), call.need(1, "members"));
+    let (name, members): (&str, &str) = (call.need(0, "set_name"), call.need(1, "members"));
     let parent = begin(name, call.get(2));
     let _activity = Activity::begin(Work::Load, None);
     let mut making: Option<Making> = None;
-    let mut describe = |columns: &[Column]| check_columns(columns, &[pg_sys::BYTEAOID], "(name text, model bytea)");
-    each_row(query, &mut describe, &mut |row| {
+    let check = |columns: &[Column]| check_columns(columns, &[pg_sys::BYTEAOID], "(name text, model bytea)");
+    query::select(members, "members", Calls::Any, check, |row| {
         let member = name_of(row);
-        let added = row.with_bytes(1, |model| {
+        let Some(model) = row[1] else { null_of(&member, "model") };
+        let mut add = |model: &[u8]| {
             let stripped = strip(model, &member);
             let making = making.get_or_insert_with(|| start(name, parent.clone(), &stripped, &member));
             check_same(&making.shared, &stripped, &member);
             making.add(&member, |tensor| &stripped.tensors[tensor].data);
-        });
-        added.unwrap_or_else(|| null_of(&member, "model"));
+            model.len()
+        };
+        // SAFETY: the column is a bytea.
+        unsafe { varlena::with_bytes(model, &mut add) }
     });
     finish(name, parent, making)
 }
 
 fn load_model_set(call: &Call) -> pg_sys::Datum {
-    let (name, query): (&str, &str) = (call.need(0, "set_name"), call.need(2, "parameters"));
+    let (name, parameters): (&str, &str) = (call.need(0, "set_name"), call.need(2, "parameters"));
     let Some(model) = call.bytes(1) else { crate::pg::fmgr::missing("architecture") };
     let parent = begin(name, call.get(3));
     let _activity = Activity::begin(Work::Load, None);
     let stripped = strip(model, "architecture");
     let mut making = start(name, parent.clone(), &stripped, "architecture");
     check_same(&making.shared, &stripped, "architecture");
-    let kinds = [pg_sys::BYTEAOID, pg_sys::FLOAT4ARRAYOID];
     let float32 = making.shared.tensors.iter().all(|tensor| tensor.dtype == DType::Float32);
     // The type is known before the first row.
-    let in_array = std::cell::Cell::new(false);
-    each_row(
-        query,
-        &mut |columns| {
-            check_columns(columns, &kinds, "(name text, parameters real[] or bytea)");
-            in_array.set(columns[1].type_oid == pg_sys::FLOAT4ARRAYOID);
-            if in_array.get() && !float32 {
-                error::raise(
-                    PgSqlErrorCode::ERRCODE_DATATYPE_MISMATCH,
-                    "parameters of this architecture are not all float32",
-                    "",
-                    "Give them as bytea: the tensors' little-endian bytes, one behind the other.",
-                );
-            }
-        },
-        &mut |row| {
-            let member = name_of(row);
-            if row.datum(1).is_none() {
-                null_of(&member, "parameters");
-            }
-            if in_array.get() {
-                let datum = row.datum(1).unwrap_or(pg_sys::Datum::from(0));
-                array::with_elements::<f32, _>(datum, |_, values| add_run(&mut making, &member, bytemuck::cast_slice(values)));
-            } else {
-                row.with_bytes(1, |bytes| add_run(&mut making, &member, bytes));
-            }
-        },
-    );
+    let in_array = Cell::new(false);
+    let check = |columns: &[Column]| {
+        let kinds = [pg_sys::BYTEAOID, pg_sys::FLOAT4ARRAYOID];
+        check_columns(columns, &kinds, "(name text, parameters real[] or bytea)");
+        in_array.set(columns[1].type_oid == pg_sys::FLOAT4ARRAYOID);
+        if in_array.get() && !float32 {
+            error::raise(
+                PgSqlErrorCode::ERRCODE_DATATYPE_MISMATCH,
+                "parameters of this architecture are not all float32",
+                "",
+                "Give them as bytea: the tensors' little-endian bytes, one behind the other.",
+            );
+        }
+    };
+    query::select(parameters, "parameters", Calls::Any, check, |row| {
+        let member = name_of(row);
+        let Some(run) = row[1] else { null_of(&member, "parameters") };
+        let mut add = |run: &[u8]| {
+            add_run(&mut making, &member, run);
+            run.len()
+        };
+        if in_array.get() {
+            return array::with_elements::<f32, _>(run, |_, values| add(bytemuck::cast_slice(values)));
+        }
+        // SAFETY: the column is a bytea.
+        unsafe { varlena::with_bytes(run, &mut add) }
+    });
     finish(name, parent, Some(making))
 }
 
@@ -115,7 +117,8 @@ fn start(name: &str, parent: Option<Rc<OpenSet>>, stripped: &Stripped<'_>, membe
         None => {
             let mut fetch = |ordinal: u32, out: &mut Vec<u8>| {
                 let tensor = stripped.tensors.get(ordinal as usize);
-                let tensor = tensor.ok_or_else(|| ModelError::internal(format!("tensor {ordinal} was not stripped")))?;
+                let tensor =
+                    tensor.ok_or_else(|| ModelError::internal(format!("tensor {ordinal} was not stripped")))?;
                 out.extend_from_slice(&tensor.data);
                 Ok(())
             };
@@ -148,7 +151,14 @@ fn finish(name: &str, parent: Option<Rc<OpenSet>>, making: Option<Making>) -> pg
         Some(parent) => {
             let signature = sets::architecture(parent.row.architecture).signature;
             let shared = parent.shared.clone();
-            Making::begin(Plan { name, storage: Storage::Update, parent: Some(parent), shared, signature, training: None })
+            Making::begin(Plan {
+                name,
+                storage: Storage::Update,
+                parent: Some(parent),
+                shared,
+                signature,
+                training: None,
+            })
         }
         None => error::raise(
             PgSqlErrorCode::ERRCODE_NO_DATA_FOUND,
@@ -180,7 +190,11 @@ pub(super) fn check_same(shared: &Shared, stripped: &Stripped<'_>, member: &str)
     }
     let shape = |dims: &[u64]| format!("{dims:?}");
     let detail = if stripped.tensors.len() == shared.tensors.len() {
-        let unlike = stripped.tensors.iter().zip(&shared.tensors).find(|(here, there)| here.dims != there.dims || here.dtype != there.dtype);
+        let unlike = stripped
+            .tensors
+            .iter()
+            .zip(&shared.tensors)
+            .find(|(here, there)| here.dims != there.dims || here.dtype != there.dtype);
         match unlike {
             Some((here, there)) => Cow::Owned(format!(
                 "Its tensor \"{}\" is {}{}, and {}{} in the set.",
@@ -193,7 +207,11 @@ pub(super) fn check_same(shared: &Shared, stripped: &Stripped<'_>, member: &str)
             None => Cow::Borrowed("Its tensors have the same shapes, but its nodes, names or attributes differ."),
         }
     } else {
-        Cow::Owned(format!("It has {} tensors, and the set's members have {}.", stripped.tensors.len(), shared.tensors.len()))
+        Cow::Owned(format!(
+            "It has {} tensors, and the set's members have {}.",
+            stripped.tensors.len(),
+            shared.tensors.len()
+        ))
     };
     error::raise(
         PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
@@ -203,8 +221,9 @@ pub(super) fn check_same(shared: &Shared, stripped: &Stripped<'_>, member: &str)
     )
 }
 
-fn name_of(row: &QueryRow) -> String {
-    row.get::<String>(0).unwrap_or_else(|| {
+fn name_of(row: &[Option<pg_sys::Datum>]) -> String {
+    // SAFETY: the column is a text.
+    row[0].and_then(|name| unsafe { String::from_datum(name, false) }).unwrap_or_else(|| {
         error::raise(
             PgSqlErrorCode::ERRCODE_NULL_VALUE_NOT_ALLOWED,
             "the name of a member is null",
@@ -230,14 +249,8 @@ fn check_columns(columns: &[Column], second: &[pg_sys::Oid], wanted: &str) {
     if fits {
         return;
     }
-    let given: Vec<String> = columns
-        .iter()
-        .map(|column| {
-            // SAFETY: the name of a type, palloc'd.
-            let kind = unsafe { std::ffi::CStr::from_ptr(pg_sys::format_type_be(column.type_oid)) };
-            format!("{} {}", column.name, kind.to_string_lossy())
-        })
-        .collect();
+    let given: Vec<String> =
+        columns.iter().map(|column| format!("{} {}", column.name, type_name(column.type_oid))).collect();
     error::raise(
         PgSqlErrorCode::ERRCODE_DATATYPE_MISMATCH,
         "the query's columns do not fit",

@@ -5,14 +5,14 @@
 //! refreshed with those of its own.
 
 use super::members::{Making, Plan};
+use super::placeholder;
 use super::recover::{parent_of, recovered};
 use super::save::{begin, check_same, strip};
-use super::placeholder;
 use crate::catalog::sets::{self, Storage};
 use crate::functions::load::content_hash;
-use crate::pg::cursor::{QueryRow, each_row};
-use crate::pg::fmgr::{Call, missing, sql_functions};
+use crate::pg::fmgr::{Call, missing, sql_functions_of_users_code};
 use crate::pg::progress::{Activity, Work};
+use crate::pg::query::{self, Calls};
 use crate::pg::{error, identity};
 use crate::serving::sets::{OpenSet, Reader, Shared};
 use pgrx::pg_sys;
@@ -22,7 +22,7 @@ use std::ffi::CString;
 use std::rc::Rc;
 use tensor_blocks::members::Recipe;
 
-sql_functions!(train_model_set);
+sql_functions_of_users_code!(train_model_set);
 
 /// How the members of a set are trained.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -45,12 +45,8 @@ fn train_model_set(call: &Call) -> pg_sys::Datum {
         Some(names) => names.into_iter().map(|name| name.unwrap_or_else(|| missing("members"))).collect(),
         None => parent.members().map(|(_, name)| name).collect(),
     };
-    let training = Training {
-        function: qualified(function),
-        data: data.to_owned(),
-        params,
-        search_path: search_path(),
-    };
+    let training =
+        Training { function: qualified(function), data: data.to_owned(), params, search_path: search_path() };
     filled(&training, "");
     let _activity = Activity::begin(Work::Load, None);
     let mut making = Making::begin(Plan {
@@ -105,10 +101,17 @@ pub(super) fn again(set: &Rc<OpenSet>, member: &str, recipe: &Recipe, reader: &m
         )
     };
     let base = recovered(&parent, parent.need(member), member, reader);
+    if recipe.is_inherited() {
+        return base;
+    }
     let path = CString::new(training.search_path.as_str()).unwrap_or_default();
     identity::as_role(owner_of(set), &path, |_| {
         if fingerprint(&training, member) != recipe.data {
-            changed(set, member, "The rows that the query of its training data gives are not those that it was trained with.");
+            changed(
+                set,
+                member,
+                "The rows that the query of its training data gives are not those that it was trained with.",
+            );
         }
         let model = run(&training, member, &base);
         if content_of(&set.shared, &model, member) != recipe.content {
@@ -173,7 +176,8 @@ fn filled(training: &Training, member: &str) -> String {
 /// Calls the training function for a member.
 fn run(training: &Training, member: &str, base: &[u8]) -> Vec<u8> {
     let query = format!("SELECT {}($1, $2, $3)", training.function);
-    let arguments = [base.to_vec().into(), filled(training, member).into(), pgrx::JsonB(training.params.clone()).into()];
+    let arguments =
+        [base.to_vec().into(), filled(training, member).into(), pgrx::JsonB(training.params.clone()).into()];
     let result = Spi::connect_mut(|client| {
         let table = client.update(&query, Some(1), &arguments)?;
         table.first().get_one::<Vec<u8>>()
@@ -206,21 +210,25 @@ fn content_of(shared: &Shared, model: &[u8], member: &str) -> [u8; 32] {
 fn fingerprint(training: &Training, member: &str) -> [u8; 32] {
     let hasher = blake3::Hasher::new_derive_key("pg_tessera training data v1");
     let state = std::cell::RefCell::new((hasher, Vec::new()));
-    each_row(
+    query::select(
         &filled(training, member),
-        &mut |columns| state.borrow_mut().1 = columns.iter().map(|column| sender(column.type_oid)).collect(),
-        &mut |row| {
+        "training data",
+        Calls::Any,
+        |columns| state.borrow_mut().1 = columns.iter().map(|column| sender(column.type_oid)).collect(),
+        |row| {
             let (hasher, senders) = &mut *state.borrow_mut();
-            add_row(hasher, senders, row);
+            add_row(hasher, senders, row)
         },
     );
     let (hasher, _) = state.into_inner();
     *hasher.finalize().as_bytes()
 }
 
-fn add_row(hasher: &mut blake3::Hasher, senders: &[pg_sys::Oid], row: &QueryRow) {
-    for (at, &sender) in senders.iter().enumerate() {
-        match row.datum(at) {
+/// Adds a row to the fingerprint; its bytes.
+fn add_row(hasher: &mut blake3::Hasher, senders: &[pg_sys::Oid], row: &[Option<pg_sys::Datum>]) -> usize {
+    let mut count = 0;
+    for (value, &sender) in row.iter().zip(senders) {
+        match *value {
             None => {
                 hasher.update(&(-1i32).to_le_bytes());
             }
@@ -229,9 +237,11 @@ fn add_row(hasher: &mut blake3::Hasher, senders: &[pg_sys::Oid], row: &QueryRow)
                 let sent = pg_sys::OidSendFunctionCall(sender, datum);
                 let bytes = crate::pg::varlena::payload(sent.cast());
                 hasher.update(&(bytes.len() as i32).to_le_bytes()).update(bytes);
+                count += bytes.len();
             },
         }
     }
+    count
 }
 
 /// The function that gives values of a type in binary form. ERROR if it has none.

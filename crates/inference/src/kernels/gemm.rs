@@ -17,7 +17,7 @@
 use super::epilogue::{self, Activation, Bias};
 use super::micro::{DOTS, Isa, LINE_ROWS, LINE_VECTORS, Part, ROWS, SWEEP, VECTORS, isa};
 use super::turn::copy_panel;
-use super::turned::TURNED_ROWS;
+use super::turned::few_rows;
 use std::cell::RefCell;
 
 /// Steps of k that are taken at a time: a piece of `b` as wide as a block stays in L1 or near it.
@@ -31,7 +31,7 @@ const LINE_MAX: usize = LINE_ROWS;
 /// Most rows for which the time is, in part, that of bringing `b` from memory.
 const FETCHED_MAX: usize = 96;
 /// Most rows for which turning `b` in registers, anew for each few rows, costs less than a copy of it.
-const TURNED_MAX: usize = 12;
+const TURNED_MAX: usize = 7;
 /// Wider rows than this are swept: a line would touch a new page for each of its steps.
 const LINE_WIDTH: usize = 256;
 /// Most columns of dot products. That it is not chosen by rows keeps their results apart from their number.
@@ -157,7 +157,7 @@ pub fn finished_product(
         } else if row_major && m <= LINE_MAX {
             lines(isa, m, whole);
         } else if b.row_stride == 1 && m <= TURNED_MAX {
-            turned(isa, m, Part { b_row: b.col_stride, ..whole });
+            few_rows(isa, m, Part { b_row: b.col_stride, ..whole });
         } else {
             blocks(isa, m, whole, b.col_stride);
         }
@@ -217,25 +217,6 @@ unsafe fn dots(isa: &Isa, m: usize, whole: Part) {
                 });
             }
         }
-    }
-}
-
-/// # Safety
-/// As for [`dots`].
-unsafe fn turned(isa: &Isa, m: usize, whole: Part) {
-    let heights = m.div_ceil(TURNED_ROWS);
-    let mut row = 0;
-    for part in 0..heights {
-        let height = (m - row).div_ceil(heights - part);
-        // SAFETY: rows of the product.
-        unsafe {
-            (isa.turned[height - 1])(&Part {
-                a: whole.a.wrapping_add(row * whole.a_row),
-                out: whole.out.add(row * whole.out_row),
-                ..whole
-            });
-        }
-        row += height;
     }
 }
 

@@ -29,7 +29,7 @@ pub mod recurrent;
 mod rows;
 pub mod transposed;
 pub mod turn;
-mod turned;
+pub mod turned;
 
 #[cfg(test)]
 pub(crate) mod tests;

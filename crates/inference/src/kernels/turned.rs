@@ -17,12 +17,44 @@
 #![allow(clippy::needless_range_loop)] // Loops over registers by number; all unroll.
 
 use super::lanes::{Lanes, WIDEST};
-use super::micro::Part;
+use super::micro::{Isa, Part};
 
 /// Most rows that are computed at a time.
 pub(super) const TURNED_ROWS: usize = 4;
 /// Steps along k that are turned at a time.
 const STEPS: usize = 4;
+
+/// Asks for values to be brought into the cache, all at once, so that they come while something else is computed.
+pub fn fetch(values: &[f32]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in values.chunks(16) {
+        // SAFETY: a hint, for memory that is there.
+        unsafe { std::arch::x86_64::_mm_prefetch::<3>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = values;
+}
+
+/// All columns of `m` rows, some rows at a time.
+///
+/// # Safety
+/// The elements of `whole` are there for `m` rows, `b_row` being the distance of columns, whose elements are contiguous.
+pub(super) unsafe fn few_rows(isa: &Isa, m: usize, whole: Part) {
+    let heights = m.div_ceil(TURNED_ROWS);
+    let mut row = 0;
+    for part in 0..heights {
+        let height = (m - row).div_ceil(heights - part);
+        // SAFETY: rows of the product; `wrapping_add` because a matrix of one row may have any stride.
+        unsafe {
+            (isa.turned[height - 1])(&Part {
+                a: whole.a.wrapping_add(row * whole.a_row),
+                out: whole.out.add(row * whole.out_row),
+                ..whole
+            });
+        }
+        row += height;
+    }
+}
 
 /// `R` rows times any number of columns; `b_row` is the distance of columns, whose elements are contiguous.
 ///

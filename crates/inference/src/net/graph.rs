@@ -31,24 +31,34 @@ impl FeedForward {
     pub fn of_graph(graph: &[u8]) -> Option<FeedForward> {
         let model = decode(graph).ok()?;
         refusals::check(&model).ok()?;
-        let width = input_width(&model)?;
+        let (width, declared) = declared_widths(&model)?;
         let body = model.graph.as_ref()?;
         let mut walk = Walk::new(&model, body, stored_dims(graph)?, width)?;
         for node in &body.node {
             walk.node(node)?;
         }
-        walk.finish(&body.output.first()?.name)
+        walk.finish(&body.output.first()?.name, declared)
     }
 }
 
-/// The length of the rows of the one input; none where input or output are not those of a net.
-fn input_width(model: &ModelProto) -> Option<usize> {
+/// The length of the rows of the one input, and of the one output if that is declared; none where they are not those of a
+/// net.
+fn declared_widths(model: &ModelProto) -> Option<(usize, Option<usize>)> {
     let signature = Signature::of_model(model).ok()?;
     let ([input], [output]) = (&*signature.inputs, &*signature.outputs) else { return None };
     let float32 = PortType::Fixed(DType::Float32);
     let (&[ref rows, Dim::Fixed(width)], true) = (&*input.shape, input.ranked) else { return None };
     let any_rows = !matches!(rows, Dim::Fixed(size) if *size != 1);
-    (any_rows && input.dtype == float32 && output.dtype == float32).then_some(usize::try_from(width).ok()?)
+    if !any_rows || input.dtype != float32 || output.dtype != float32 {
+        return None;
+    }
+    let made = match &*output.shape {
+        _ if !output.ranked => None,
+        &[_, Dim::Fixed(made)] => Some(usize::try_from(made).ok()?),
+        [_, _] => None,
+        _ => return None,
+    };
+    Some((usize::try_from(width).ok()?, made))
 }
 
 /// Dimensions of the stored tensors by ordinal; none if one of them is not float32.
@@ -250,7 +260,7 @@ impl<'a> Walk<'a> {
         if inputs != self.width || inputs == 0 || outputs == 0 {
             return None;
         }
-        rows.checked_mul(columns)?;
+        rows.checked_mul(columns)?.checked_mul(size_of::<f32>())?;
         self.layers.push(Layer { weights, transposed, inputs, outputs, bias: None, function: Function::Identity });
         self.width = outputs;
         self.closed = false;
@@ -283,8 +293,8 @@ impl<'a> Walk<'a> {
         Some(())
     }
 
-    fn finish(self, output: &str) -> Option<FeedForward> {
-        if self.layers.is_empty() || self.current != output {
+    fn finish(self, output: &str, declared: Option<usize>) -> Option<FeedForward> {
+        if self.layers.is_empty() || self.current != output || declared.is_some_and(|width| width != self.width) {
             return None;
         }
         let (_, but_last) = self.layers.split_last()?;

@@ -24,6 +24,7 @@ fn a_net_of_linear_layers_is_recognised() {
     };
     assert_eq!(made.layers()[0], layer(0, 5, 48, Function::Relu));
     assert_eq!(made.layers()[3], layer(6, 48, 1, Function::Identity));
+    assert_eq!(made.largest_weights(), 48 * 48 * 4);
 }
 
 /// `x W + b`, with a change.
@@ -38,8 +39,9 @@ fn changed(change: impl FnOnce(&mut GraphProto)) -> Option<FeedForward> {
 #[test]
 fn what_a_net_does_not_compute_is_not_recognised() {
     assert!(changed(|_| ()).is_some());
+    assert!(changed(|g| g.output[0] = port("y", &[-1, -1])).is_some());
     type Change = fn(&mut GraphProto);
-    let changes: [(&str, Change); 33] = [
+    let changes: [(&str, Change); 35] = [
         ("alpha", |g| g.node[0] = float(g.node[0].clone(), "alpha", 0.5)),
         ("beta", |g| g.node[0] = float(g.node[0].clone(), "beta", 2.0)),
         ("transA", |g| g.node[0] = int(g.node[0].clone(), "transA", 1)),
@@ -71,6 +73,8 @@ fn what_a_net_does_not_compute_is_not_recognised() {
         ("another rank", |g| g.input[0] = port("x", &[-1, 1, 3])),
         ("two inputs", |g| g.input.push(port("z", &[-1, 3]))),
         ("two outputs", |g| g.output.push(port("s", &[-1, 2]))),
+        ("an output of another width", |g| g.output[0] = port("y", &[-1, 3])),
+        ("an output of another rank", |g| g.output[0] = port("y", &[-1, 1, 2])),
         ("an output in the middle", |g| g.output[0] = port("s", &[-1, 2])),
         ("a name that is defined twice", |g| g.node[1].output[0] = "b".into()),
         ("no layer", |g| g.node = vec![node("Identity", &["x"], "y")]),

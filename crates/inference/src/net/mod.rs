@@ -90,6 +90,12 @@ impl FeedForward {
         (self.layers.first().map_or(0, |layer| layer.inputs), self.layers.last().map_or(0, |layer| layer.outputs))
     }
 
+    /// Bytes of the largest weights. A plan that keeps weights of this size in blocks adds the bias after the sums, and its results
+    /// differ from those of [`FeedForward::run`] by rounding.
+    pub fn largest_weights(&self) -> usize {
+        self.layers.iter().map(|layer| layer.inputs * layer.outputs * size_of::<f32>()).max().unwrap_or(0)
+    }
+
     /// The graph's tensors: [`FeedForward::run`] takes one for each ordinal below this.
     pub fn tensors(&self) -> usize {
         self.tensors

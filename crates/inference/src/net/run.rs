@@ -15,12 +15,17 @@ use super::{FeedForward, Function, Layer};
 use crate::kernels::dense::PANEL;
 use crate::kernels::epilogue::{self, Activation};
 use crate::kernels::gemm::{self, DOTS_MAX, Ending, Operand};
-use crate::kernels::normal;
+use crate::kernels::{normal, turned};
 
 /// Elements between two layers that are held at a time: a part of an L2 cache.
 const BETWEEN: usize = 32 << 10;
 /// Rows that blocks of the products' kernels have: pieces are multiples.
 const BLOCK: usize = 6;
+
+/// Most rows for which the time is, in part, that of bringing tensors from memory.
+const FETCHED_MAX: usize = 7;
+/// Elements of the next layer's weights that are brought near while a layer is computed: 64 kB.
+const FETCHED: usize = 16 << 10;
 
 /// Memory that runs use one after the other.
 #[derive(Clone, Debug, Default)]
@@ -55,6 +60,14 @@ impl FeedForward {
         for first in (0..m).step_by(rows) {
             let count = rows.min(m - first);
             for (place, layer) in self.layers.iter().enumerate() {
+                // Rows of a matrix are fetched by the product itself; squares touch lines in an order that nothing foresees.
+                if let Some(next) = self.layers.get(place + 1)
+                    && next.transposed
+                    && m <= FETCHED_MAX
+                {
+                    let weights = params[next.weights];
+                    turned::fetch(&weights[..weights.len().min(FETCHED)]);
+                }
                 let input = if place == 0 { &x[first * k..(first + count) * k] } else { &from[..count * layer.inputs] };
                 let output = if place == last {
                     &mut out[first * n..(first + count) * n]

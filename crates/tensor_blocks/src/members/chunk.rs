@@ -18,8 +18,20 @@ const NAME_MAX: usize = u8::MAX as usize;
 pub struct Recipe {
     /// Identity of graph and tensors of the member.
     pub content: [u8; 32],
-    /// Identity of the rows that it was trained with.
+    /// Identity of the rows that it was trained with; zeros for a member that was not trained for this set.
     pub data: [u8; 32],
+}
+
+impl Recipe {
+    /// That of a member which is taken over as it is from the set that its own is based on, where it has a recipe.
+    pub fn inherited(self) -> Recipe {
+        Recipe { content: self.content, data: [0; 32] }
+    }
+
+    /// Whether the member is that of the set that its own is based on.
+    pub fn is_inherited(&self) -> bool {
+        self.data == [0; 32]
+    }
 }
 
 /// Some neighbouring members of a set.
@@ -139,7 +151,10 @@ mod tests {
         Chunk {
             names: ["", "a", "a/b", "zellé"].map(str::to_owned).to_vec(),
             places: (0..12).map(|n| Place { block: n * 1_000_003, at: (n * 5000) as u16 }).collect(),
-            recipes: vec![(1, Recipe { content: [1; 32], data: [2; 32] }), (3, Recipe { content: [3; 32], data: [4; 32] })],
+            recipes: vec![
+                (1, Recipe { content: [1; 32], data: [2; 32] }),
+                (3, Recipe { content: [3; 32], data: [4; 32] }),
+            ],
         }
     }
 

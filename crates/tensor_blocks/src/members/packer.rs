@@ -75,7 +75,8 @@ impl Packer {
         number: &mut dyn FnMut() -> Result<u32, E>,
         full: &mut dyn FnMut(PackedBlock) -> Result<(), E>,
     ) -> Result<Vec<Place>, E> {
-        let new: usize = segments.iter().filter(|(hash, _)| !self.known.contains_key(hash)).map(|(_, bytes)| bytes.len()).sum();
+        let new: usize =
+            segments.iter().filter(|(hash, _)| !self.known.contains_key(hash)).map(|(_, bytes)| bytes.len()).sum();
         let left = self.open.as_ref().map_or(0, |open| self.capacity.saturating_sub(open.bytes.len()));
         if new > left && new <= self.capacity {
             self.finish(full)?;
@@ -91,7 +92,11 @@ impl Packer {
                 self.finish(full)?;
             }
             if self.open.is_none() {
-                self.open = Some(PackedBlock { number: number()?, bytes: Vec::with_capacity(self.capacity), index: Vec::new() });
+                self.open = Some(PackedBlock {
+                    number: number()?,
+                    bytes: Vec::with_capacity(self.capacity),
+                    index: Vec::new(),
+                });
             }
             let Some(open) = &mut self.open else { continue };
             let place = Place { block: open.number, at: (open.bytes.len() / UNIT) as u16 };

@@ -165,7 +165,9 @@ mod tests {
             .map(|(n, (bytes, _))| (0..*bytes).map(|at| (at * 31 + n * 7) as u8).collect())
             .collect();
         let segments = Segments::new(sizes).unwrap();
-        assert!((0..segments.count()).all(|n| segments.size(n) <= SEGMENT_MAX && segments.size(n).is_multiple_of(UNIT)));
+        assert!(
+            (0..segments.count()).all(|n| segments.size(n) <= SEGMENT_MAX && segments.size(n).is_multiple_of(UNIT))
+        );
         let (mut run, starts) = (Vec::new(), segments.starts());
         segments.gather(|n| &tensors[n], &mut run);
         assert_eq!(run.len(), *starts.last().unwrap());
