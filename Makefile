@@ -1,7 +1,7 @@
 # Every command of the project. `make help` lists them.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint setup models build start stop psql env install uninstall bench bench-queries bench-curves bench-storage bench-serving bench-larger bench-cache bench-cache-clients bench-operators pg-regress clean
+.PHONY: help demo test test-full lint setup models build start stop psql env install uninstall bench bench-queries bench-curves bench-storage bench-serving bench-larger bench-cache bench-cache-clients bench-operators bench-deduplicate bench-sets pg-regress clean
 
 help: ## lists these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,12 @@ bench-serving: models build ## memory of idle sessions, first calls, throughput 
 
 bench-larger: setup ## a model of 2 GB in a quarter of that memory, beside the bounds of disk and arithmetic
 	@benches/run-larger
+
+bench-deduplicate: setup ## five text classifiers before and after deduplicate_model, beside other ways (QUICK=1: small ones)
+	@benches/run-deduplicate $(if $(QUICK),--quick)
+
+bench-sets: setup ## 5,000 models as a set: bytes, saving, recovering over generations, predictions (QUICK=1: two minutes)
+	@benches/run-sets $(if $(QUICK),--quick)
 
 setup: ## installs what is missing: packages, cargo-pgrx, private servers, Python packages
 	@scripts/setup

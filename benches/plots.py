@@ -39,6 +39,8 @@ PLOTS = {
     "Width of the model": Plot("model-width", "W of a network 28-W-2", "rows/s", RATES, ("bound",), log_y=True),
     "Throughput against clients": Plot("clients", "clients", "answers/s", ("answers/s",)),
     "Block cache: many clients": Plot("cache-clients", "clients", "predictions/s", ("per second",)),
+    "Recovering a set against generations": Plot("sets", "generation", "s, all members", ("kept whole", "update", "provenance"), log_x=False, log_y=True),
+    "Recovering a member against generations": Plot("sets-member", "generation", "ms, one member", ("kept whole", "update", "provenance"), log_x=False, log_y=True),
 }
 
 

@@ -1,4 +1,4 @@
-"""A matrix whose transpose is stored already is not stored again, and predictions have the same bits."""
+"""With `tessera.share_transposed`, a matrix whose transpose is stored is not stored again, and predictions have the same bits."""
 
 import numpy as np
 import onnx
@@ -38,6 +38,7 @@ LAST = model([("MatMul", ["x", "v"], ["h"], {}), ("ArgMax", ["h"], ["i"], {"axis
 @pytest.fixture
 def conn(fresh):
     with fresh.connect() as connection:
+        connection.execute("SET tessera.share_transposed = on")
         yield connection
 
 
@@ -125,3 +126,12 @@ def test_one_element_differs(conn):
     load(conn, "m", content)
     assert views(conn, "m") == {"v": "rows_by_last"}
     assert_right(conn, "m", content)
+
+
+def test_only_if_it_is_asked_for(conn):
+    """A product of one row takes longer with the transpose."""
+    conn.execute("RESET tessera.share_transposed")
+    load(conn, "m", TIED)
+    assert views(conn, "m") == {"w": "rows_by_last", "v": "rows_by_last"}
+    assert storage(conn)["blocks_stored"] == 2 * BLOCKS
+    assert_right(conn, "m", TIED)

@@ -79,7 +79,11 @@ fn load(name: &str, model: &[u8], external: &mut dyn ExternalData, block_bytes: 
     let (signature, plan) = match catalog::signature_of_content(&content_hash) {
         Some(signature) => (signature, None),
         None => {
-            let plan = compile_with_twins(&mut stripped, block_bytes as usize);
+            let plan = if serving::settings::share_transposed() {
+                compile_with_twins(&mut stripped, block_bytes as usize)
+            } else {
+                compile(&stripped, block_bytes as usize)
+            };
             (describe(&plan), Some(plan))
         }
     };

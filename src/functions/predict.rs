@@ -53,13 +53,18 @@ fn predict_rows<T: Element>(spec: &str, dims: &[usize], values: &[T]) -> pg_sys:
         && let Some((rows, width)) = rows_of(dims)
         && rows > 0
     {
-        // Rows run straight on the member's parameters, all at once whatever the graph says of their number.
-        let mut x = Vec::with_capacity(values.len());
-        for row in 0..rows {
-            let values = &values[row * width..(row + 1) * width];
-            x.extend(floats_of(&from_rows(port, 1, width, values).unwrap_or_else(|e| error::raise_model(e))));
-        }
-        let out = set.predict_one(member, &x);
+        // Rows run straight on the member's parameters.
+        let input = |rows: usize, values: &[T]| {
+            floats_of(&from_rows(port, rows, width, values).unwrap_or_else(|e| error::raise_model(e)))
+        };
+        // One by one where the graph declares another number of rows.
+        let input = match port.shape.first() {
+            Some(Dim::Fixed(n)) if *n != rows as u64 => {
+                values.chunks_exact(width.max(1)).flat_map(|row| input(1, row)).collect()
+            }
+            _ => input(rows, values),
+        };
+        let out = set.predict_one(member, &input);
         let width = out.len() / rows;
         return if dims.len() < 2 { array::from_f32(&[width], &out) } else { array::from_f32(&[rows, width], &out) };
     }

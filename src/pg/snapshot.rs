@@ -41,6 +41,17 @@ impl SnapshotIdentity {
     }
 }
 
+/// Runs `f` under a snapshot that is taken now, whatever the transaction's isolation level.
+pub fn with_latest<T>(f: impl FnOnce() -> T) -> T {
+    // SAFETY: in a transaction; on an ERROR the (sub)transaction's end pops the snapshot.
+    unsafe {
+        pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot());
+        let result = f();
+        pg_sys::PopActiveSnapshot();
+        result
+    }
+}
+
 #[pg_guard]
 unsafe extern "C-unwind" fn on_subtransaction(
     event: pg_sys::SubXactEvent::Type,

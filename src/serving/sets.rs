@@ -49,7 +49,11 @@ pub struct Shared {
 
 impl Shared {
     fn of(architecture: &sets::Architecture) -> Shared {
-        Shared::of_graph(catalog::graph(&architecture.graph_hash), architecture.graph_hash, &architecture.signature)
+        let graph = catalog::graph(&architecture.graph_hash);
+        if blake3::hash(&graph) != architecture.graph_hash {
+            damaged("a graph has another hash than it is stored under");
+        }
+        Shared::of_graph(graph, architecture.graph_hash, &architecture.signature)
     }
 
     /// For a graph, as `onnx::strip` gives it, and the signature that is stored with it.

@@ -4,6 +4,7 @@ use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
 
 static PLAN_CACHE_SIZE: GucSetting<i32> = GucSetting::<i32>::new(256 * 1024);
 static INLINE_TENSOR_BYTES: GucSetting<i32> = GucSetting::<i32>::new(32 * 1024);
+static SHARE_TRANSPOSED: GucSetting<bool> = GucSetting::<bool>::new(false);
 static ENABLE_BATCHING: GucSetting<bool> = GucSetting::<bool>::new(true);
 static BATCH_SIZE: GucSetting<i32> = GucSetting::<i32>::new(1024);
 static BATCH_MEMORY: GucSetting<i32> = GucSetting::<i32>::new(-1);
@@ -53,6 +54,14 @@ pub fn init() {
         GucFlags::UNIT_KB,
     );
     GucRegistry::define_bool_guc(
+        c"tessera.share_transposed",
+        c"Lets a load store a matrix as references to the blocks of its transpose, if these are stored.",
+        c"It saves the second copy of tied weights, in the tables and in the block cache. Predictions have the same bits, and take as long from about eight rows on; a single row takes several times as long in that product, which is why it is off by default.",
+        &SHARE_TRANSPOSED,
+        GucContext::Userset,
+        GucFlags::default(),
+    );
+    GucRegistry::define_bool_guc(
         c"tessera.enable_batching",
         c"Enables the planner to compute predictions for many rows at a time.",
         c"EXPLAIN shows Custom Scan (Tessera Predict) where it does. Off, each row is a run of the model.",
@@ -90,6 +99,11 @@ pub fn init() {
 /// Bytes that a session may keep for compiled models.
 pub fn plan_cache_bytes() -> u64 {
     PLAN_CACHE_SIZE.get() as u64 * 1024
+}
+
+/// True if a matrix may be stored as references to the blocks of its transpose.
+pub fn share_transposed() -> bool {
+    SHARE_TRANSPOSED.get()
 }
 
 /// Bytes below which a tensor is a part of the plan.

@@ -19,8 +19,10 @@ const HEAD: usize = 4;
 /// Most dimensions of a block, as of an ONNX tensor in practice.
 const MAX_RANK: usize = 64;
 
-/// Element type, dims and what follows the head.
-fn parts(bytes: &[u8]) -> Result<(DType, &[[u8; 4]], &[u8]), BlockError> {
+/// Element type, dims (little-endian) and what follows the head.
+type Parts<'a> = (DType, &'a [[u8; 4]], &'a [u8]);
+
+fn parts(bytes: &[u8]) -> Result<Parts<'_>, BlockError> {
     let &[version, dtype, rank, _] = bytes.first_chunk::<HEAD>().ok_or(BlockError::Truncated)?;
     if version != VERSION {
         return Err(BlockError::Version(version));

@@ -124,6 +124,21 @@ pub fn set_of_id(id: i64) -> Option<SetRow> {
         .filter(|set| may_use(set.domain))
 }
 
+/// The sets that are trained from those that `wanted` tells: id, name, and the id of the one that it is trained from.
+pub(super) fn sets_trained_from(wanted: &dyn Fn(i64) -> bool) -> Vec<(i64, String, i64)> {
+    let mut found = Vec::new();
+    by_index::<()>(relation(c"model_set"), relation(c"model_set_pkey"), &[], |row| {
+        let set = set_of(row);
+        if let (Some(parent), true) = (set.based_on, set.training.is_some())
+            && wanted(parent)
+        {
+            found.push((set.id, set.name, parent));
+        }
+        ControlFlow::Continue(())
+    });
+    found
+}
+
 /// The set and the member that a model's name means, if it has the form of one: `set/member`.
 pub fn split_member(spec: &str) -> Option<(&str, &str)> {
     spec.split_once('/').filter(|(set, _)| !set.is_empty() && !set.contains('@'))

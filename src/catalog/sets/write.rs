@@ -1,14 +1,14 @@
 //! Saving and dropping sets. Everything runs inside the caller's transaction and is undone with it.
 
-use super::read::Storage;
+use super::read::{Storage, sets_trained_from};
 use crate::catalog::read::damaged;
 use crate::catalog::write::{as_owner, block_type_of, create_domain, delete_unused_graphs, lock_object, owns_domain};
-use crate::pg::{error, fmgr};
+use crate::pg::{error, fmgr, snapshot};
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use pgrx::spi::{SpiClient, SpiError};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use tensor_blocks::members::{CHUNK_MEMBERS, Chunk, PackedBlock, Place};
 use tensor_blocks::{Block, DType};
 
@@ -36,6 +36,7 @@ pub struct NewSet<'a> {
 /// Stores a set, block by block, then its map.
 pub struct SetWriter {
     set: i64,
+    name: String,
     architecture: i64,
     held: Vec<PackedBlock>,
     /// Numbers of blocks that are not used yet, descending.
@@ -110,7 +111,14 @@ impl SetWriter {
                 .first()
                 .get_one()?
                 .unwrap_or_default();
-            Ok(SetWriter { set, architecture, held: Vec::new(), numbers: Vec::new(), bytes: 0 })
+            Ok(SetWriter {
+                set,
+                name: new.name.to_owned(),
+                architecture,
+                held: Vec::new(),
+                numbers: Vec::new(),
+                bytes: 0,
+            })
         })
     }
 
@@ -176,7 +184,7 @@ impl SetWriter {
     pub fn finish(mut self, members: Vec<(String, Vec<Place>, Option<tensor_blocks::members::Recipe>)>) -> i64 {
         self.flush();
         let count = members.len() as i64;
-        let (set, mut bytes) = (self.set, self.bytes);
+        let (set, name, mut bytes) = (self.set, std::mem::take(&mut self.name), self.bytes);
         as_owner(|client, _| {
             let mut members = members.into_iter();
             for number in 0.. {
@@ -199,11 +207,19 @@ impl SetWriter {
                     &[set.into(), number.into(), first.into(), names.into(), places.into(), recipes.into()],
                 )?;
             }
-            client.update(
-                "UPDATE tessera.model_set SET members = $2, bytes_added = $3 WHERE id = $1",
+            let stored = client.update(
+                "UPDATE tessera.model_set SET members = $2, bytes_added = $3 WHERE id = $1 RETURNING id",
                 None,
                 &[set.into(), count.into(), (bytes as i64).into()],
             )?;
+            if stored.is_empty() {
+                error::raise(
+                    PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT,
+                    format!("model set \"{name}\" was dropped while it was saved"),
+                    "",
+                    "Call nothing in the query that drops the set.",
+                );
+            }
             Ok(count)
         })
     }
@@ -296,8 +312,8 @@ pub fn drop_orphan_sets() {
             return Ok(());
         }
         gone.iter().for_each(|(.., graph_hash)| lock_architecture(graph_hash, true));
+        check_not_needed(&gone.iter().map(|(id, name, ..)| (*id, name.as_str())).collect());
         let ids: Vec<i64> = gone.iter().map(|(id, ..)| *id).collect();
-        check_not_needed(client, &ids)?;
         for query in [
             "DELETE FROM tessera.set_map WHERE model_set = ANY ($1)",
             "DELETE FROM tessera.model_set WHERE id = ANY ($1)",
@@ -310,6 +326,10 @@ pub fn drop_orphan_sets() {
         for architecture in architectures {
             delete_unused_blocks(client, architecture)?;
         }
+        // SAFETY: this transaction's own setting; as in `delete_unused_blocks`.
+        if unsafe { pg_sys::XactIsoLevel } >= pg_sys::XACT_REPEATABLE_READ as i32 {
+            return Ok(());
+        }
         client.update(
             "DELETE FROM tessera.architecture a WHERE NOT EXISTS (SELECT FROM tessera.model_set s WHERE s.architecture = a.id)
              AND NOT EXISTS (SELECT FROM tessera.set_block b WHERE b.architecture = a.id) AND a.graph_hash = ANY ($1)",
@@ -320,19 +340,12 @@ pub fn drop_orphan_sets() {
     });
 }
 
-/// Raises an ERROR if a set that stays is trained from one of these.
-fn check_not_needed(client: &mut SpiClient<'_>, sets: &[i64]) -> Result<(), SpiError> {
-    let needed = client.update(
-        "SELECT p.name, s.name FROM tessera.model_set s JOIN tessera.model_set p ON p.id = s.based_on
-         WHERE s.based_on = ANY ($1) AND s.storage = 'provenance' AND NOT s.id = ANY ($1) LIMIT 1",
-        Some(1),
-        &[sets.to_vec().into()],
-    )?;
-    if needed.is_empty() {
-        return Ok(());
-    }
-    let row = needed.first();
-    let (parent, child) = (row.get::<String>(1)?.unwrap_or_default(), row.get::<String>(2)?.unwrap_or_default());
+/// Raises an ERROR if a set that stays is trained from one of these, which are given with their names.
+fn check_not_needed(sets: &HashMap<i64, &str>) {
+    // The architecture is locked, so that no other comes; those that came since the transaction's snapshot count too.
+    let needed = snapshot::with_latest(|| sets_trained_from(&|set| sets.contains_key(&set)));
+    let Some((_, child, parent)) = needed.into_iter().find(|(child, ..)| !sets.contains_key(child)) else { return };
+    let parent = sets.get(&parent).copied().unwrap_or_default();
     error::raise(
         PgSqlErrorCode::ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST,
         format!("cannot drop model set \"{parent}\" because set \"{child}\" is trained from it"),
@@ -348,6 +361,12 @@ fn delete_unused_blocks(client: &mut SpiClient<'_>, architecture: i64) -> Result
     // SAFETY: this transaction's own setting. Under one snapshot for all statements, sets committed since are not seen: what is
     // left here goes with a later drop.
     if unsafe { pg_sys::XactIsoLevel } >= pg_sys::XACT_REPEATABLE_READ as i32 {
+        return Ok(());
+    }
+    // A set that this transaction is saving, in a query that comes to this drop, has blocks but no map yet. They go with a later
+    // drop as well.
+    let making = "SELECT FROM tessera.model_set WHERE architecture = $1 AND members = 0";
+    if !client.update(making, Some(1), &[architecture.into()])?.is_empty() {
         return Ok(());
     }
     let maps = client.update(

@@ -105,6 +105,7 @@ fn add_run(making: &mut Making, member: &str, run: &[u8]) {
 /// Checks and locks the name; the set that it is based on.
 pub(super) fn begin(name: &str, based_on: Option<&str>) -> Option<Rc<OpenSet>> {
     check_set_name(name);
+    query::need_writable(c"a function that saves a model set");
     sets::lock_set_name(name);
     based_on.map(set_of)
 }

@@ -90,7 +90,7 @@ fn train(training: &Training, parent: &OpenSet, member: &str, base: &[u8], verif
 }
 
 fn path_of(training: &Training) -> CString {
-    CString::new(training.search_path.as_str()).unwrap_or_default()
+    CString::new(temporary_last(&training.search_path)).unwrap_or_default()
 }
 
 /// Trains a member again, and makes sure that it comes out as it did.
@@ -116,7 +116,9 @@ pub(super) fn again(set: &Rc<OpenSet>, member: &str, recipe: &Recipe, reader: &m
     if recipe.is_inherited() {
         return base;
     }
-    identity::as_role(owner_of(set), &path_of(&training), |_| {
+    let owner = owner_of(set);
+    check_temporary(set, owner);
+    identity::as_role(owner, &path_of(&training), |_| {
         if fingerprint(&training, member) != recipe.data {
             changed(
                 set,
@@ -136,6 +138,37 @@ pub(super) fn again(set: &Rc<OpenSet>, member: &str, recipe: &Recipe, reader: &m
     })
 }
 
+/// The search path with the session's temporary tables last, which come first where it does not say where.
+fn temporary_last(path: &str) -> String {
+    match path.trim() {
+        "" => "pg_temp".to_owned(),
+        path if path.split(',').any(|part| part.trim() == "pg_temp") => path.to_owned(),
+        path => format!("{path}, pg_temp"),
+    }
+}
+
+/// Raises an ERROR if the session has temporary tables, types or functions of a role without the rights of the set's owner: its
+/// query, or the training function, could take them for its own, and run what is in them with the owner's rights.
+fn check_temporary(set: &OpenSet, owner: pg_sys::Oid) {
+    const FOREIGN: &str = "SELECT pg_my_temp_schema() <> 0 AND EXISTS (
+        SELECT FROM (SELECT relnamespace, relowner FROM pg_class UNION ALL SELECT typnamespace, typowner FROM pg_type
+                     UNION ALL SELECT pronamespace, proowner FROM pg_proc) o (namespace, owner)
+        WHERE namespace = pg_my_temp_schema() AND NOT pg_has_role(owner, $1, 'USAGE'))";
+    // Not with the caller's search path, whose operators could answer otherwise.
+    let foreign = identity::as_extension_owner(|_| Spi::get_one_with_args::<bool>(FOREIGN, &[owner.into()]));
+    if !matches!(foreign, Ok(Some(false))) {
+        error::raise(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            format!(
+                "members of model set \"{}\" cannot be trained where there are temporary tables of others",
+                set.row.name
+            ),
+            "They are trained with the rights of the set's owner, whose query must not find tables, views, types or functions that another role has put in the way.",
+            "Recover them in another session, or DISCARD TEMP first.",
+        );
+    }
+}
+
 fn changed(set: &OpenSet, member: &str, detail: &str) -> ! {
     error::raise(
         PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
@@ -146,8 +179,10 @@ fn changed(set: &OpenSet, member: &str, detail: &str) -> ! {
 }
 
 fn owner_of(set: &OpenSet) -> pg_sys::Oid {
-    let query = "SELECT typowner FROM pg_catalog.pg_type WHERE oid = $1";
-    let owner = Spi::get_one_with_args::<pg_sys::Oid>(query, &[set.row.domain().into()]);
+    // Not with the caller's search path, whose operators could find another.
+    let query = "SELECT typowner FROM pg_type WHERE oid = $1";
+    let owner =
+        identity::as_extension_owner(|_| Spi::get_one_with_args::<pg_sys::Oid>(query, &[set.row.domain().into()]));
     owner.ok().flatten().unwrap_or_else(identity::current_user)
 }
 
@@ -157,12 +192,20 @@ fn search_path() -> String {
 
 /// The qualified name of the training function. ERROR if there is none of that name with the right arguments and result.
 fn qualified(function: &str) -> String {
-    let query = "SELECT pg_catalog.format('%I.%I', n.nspname, p.proname), p.prorettype = 'bytea'::regtype AND NOT p.proretset AND p.prokind = 'f'
+    let query = "SELECT pg_catalog.format('%I.%I', n.nspname, p.proname), p.prorettype = 'bytea'::regtype AND NOT p.proretset AND p.prokind = 'f',
+                        n.oid = pg_catalog.pg_my_temp_schema()
                  FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
                  WHERE p.oid = pg_catalog.to_regprocedure($1 || '(pg_catalog.bytea, pg_catalog.text, pg_catalog.jsonb)')";
-    let found = Spi::get_two_with_args::<String, bool>(query, &[function.into()]);
+    let found = Spi::get_three_with_args::<String, bool, bool>(query, &[function.into()]);
     match found {
-        Ok((Some(name), Some(true))) => name,
+        // Another session has other functions under that name.
+        Ok((_, _, Some(true))) => error::raise(
+            PgSqlErrorCode::ERRCODE_INVALID_OBJECT_DEFINITION,
+            format!("training function {function} is temporary"),
+            "The members could not be trained again in another session.",
+            "Create the function in a schema that stays.",
+        ),
+        Ok((Some(name), Some(true), _)) => name,
         _ => error::raise(
             PgSqlErrorCode::ERRCODE_UNDEFINED_FUNCTION,
             format!("training function {function}(bytea, text, jsonb) returning bytea does not exist"),
