@@ -194,6 +194,37 @@ def test_operators_of_the_caller_lend_no_rights(rights):
     conn.execute("SELECT drop_model_set('mine')")
 
 
+def test_lexical_rules_of_the_caller_open_no_string(rights):
+    """With standard_conforming_strings off, a backslash before a quote would make SQL of the member's name."""
+    conn, fresh = rights
+    conn.execute("SET ROLE set_user")
+    model = conn.execute("SELECT recover_model('base/0000')").fetchone()[0]
+    copy_members(conn, "m", [(" OR public.evil() --", model)])
+    conn.execute("SELECT save_model_set('bait', 'SELECT name, onnx FROM m')")
+    conn.execute("RESET ROLE; SET ROLE set_owner")
+    train(conn, "next", based_on="bait", data="SELECT x, y FROM samples WHERE cell <> '\\' AND cell <> $1 AND id < 20 ORDER BY id")
+    conn.execute("RESET ROLE")
+    with fresh.connect() as other:
+        other.execute("SET ROLE set_user; SET standard_conforming_strings = off; SET backslash_quote = on; SET escape_string_warning = off")
+        assert len(recovered(other, "next")) == 1
+        assert other.execute("SELECT count(*) FROM seen").fetchone()[0] == 0
+    conn.execute("SELECT drop_model_set('next'), drop_model_set('bait')")
+
+
+def test_any_search_path_is_kept(rights):
+    conn, _ = rights
+    data = "SELECT x, y FROM public.samples WHERE cell = $1 ORDER BY id"
+    for turn, path in enumerate(("''", "pg_catalog", '"$user", public', '"a,b", public', "pg_temp, public", "public, pg_temp", "nowhere")):
+        conn.execute(f"SET search_path = {path}")
+        conn.execute("SELECT public.train_model_set(%s, 'base', 'public.train_feed_forward', %s, %s)", (f"n{turn}", data, PARAMS))
+        good = conn.execute("SELECT public.recover_model(%s)", (f"n{turn}/0001",)).fetchone()[0]
+        conn.execute("RESET search_path")
+        assert good == conn.execute("SELECT public.recover_model(%s)", (f"n{turn}/0001",)).fetchone()[0]
+        assert conn.execute("SELECT training ->> 'search_path' FROM tessera.model_sets WHERE name = %s", (f"n{turn}",)).fetchone()[0].replace('""', "''").startswith(path[:4])
+    for turn in range(7):
+        conn.execute("SELECT drop_model_set(%s)", (f"n{turn}",))
+
+
 def test_temporary_functions_train_no_set(rights):
     conn, fresh = rights
     conn.execute("CREATE FUNCTION pg_temp.f(onnx bytea, data text, params jsonb) RETURNS bytea LANGUAGE sql AS 'SELECT train_feed_forward(onnx, data, params)'")
@@ -375,6 +406,8 @@ DAMAGE = [
     ("places empty", "UPDATE tessera.set_map SET places = ''"),
     ("offsets beyond the block", "UPDATE tessera.set_map SET places = (SELECT string_agg(substr(places, i * 6 + 1, 4) || '\\xffff'::bytea, '' ORDER BY i) FROM generate_series(0, length(places) / 6 - 1) i)"),
     ("blocks that there are not", "UPDATE tessera.set_map SET places = (SELECT string_agg('\\xfeffff7f'::bytea || substr(places, i * 6 + 5, 2), '' ORDER BY i) FROM generate_series(0, length(places) / 6 - 1) i)"),
+    ("the place of another member", "UPDATE tessera.set_map SET places = substr(places, 25, 24 * 4) || substr(places, 1, 24) || substr(places, 24 * 5 + 1)"),
+    ("one bit", "UPDATE tessera.set_map SET places = set_bit(places, 3 * 24 * 8, 1 - get_bit(places, 3 * 24 * 8))"),
     ("names cut off", "UPDATE tessera.set_map SET names = substr(names, 1, 7)"),
     ("names that are no text", "UPDATE tessera.set_map SET names = set_byte(names, 4, 255)"),
     ("more names", "UPDATE tessera.set_map SET names = set_byte(names, 1, 255)"),

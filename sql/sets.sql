@@ -38,7 +38,7 @@ CREATE TABLE tessera.set_map (
     recipes bytea NOT NULL,
     CONSTRAINT set_map_pkey PRIMARY KEY (model_set, chunk)
 ) USING tensor_block;
-COMMENT ON TABLE tessera.set_map IS 'names of a set''s members, 512 a row, and where their segments lie; equal parts of several sets are stored once';
+COMMENT ON TABLE tessera.set_map IS 'names of a set''s members, 512 a row, and where their segments lie, with checksums; equal parts of several sets are stored once';
 
 CREATE SEQUENCE tessera.set_block_number_seq MAXVALUE 4294967294;
 COMMENT ON SEQUENCE tessera.set_block_number_seq IS 'numbers of tessera.set_block; never reused';

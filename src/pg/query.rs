@@ -18,7 +18,7 @@ pub struct Column {
     pub type_oid: pg_sys::Oid,
 }
 
-/// Most bytes of rows that are asked for at a time, as far as the row before tells.
+/// Most bytes of rows that are asked for at a time, as far as the largest of those before tells.
 const PIECE: usize = 1 << 20;
 
 /// What the functions that a query calls may do.
@@ -69,7 +69,7 @@ pub fn select(
             for at in 0..count {
                 pg_sys::MemoryContextReset(of_row);
                 let caller = pg_sys::MemoryContextSwitchTo(of_row);
-                bytes = row(&values(*(*table).vals.add(at), (*table).tupdesc));
+                bytes = bytes.max(row(&values(*(*table).vals.add(at), (*table).tupdesc)));
                 pg_sys::MemoryContextSwitchTo(caller);
             }
             pg_sys::SPI_freetuptable(table);

@@ -378,7 +378,7 @@ fn delete_unused_blocks(client: &mut SpiClient<'_>, architecture: i64) -> Result
     for row in maps {
         crate::pg::interrupt::check();
         let places: Vec<u8> = row.get(1)?.unwrap_or_default();
-        used.extend(Place::blocks_of(&places).unwrap_or_else(|| damaged("a part of a set's map is cut off")));
+        used.extend(Place::blocks_of(&places).unwrap_or_else(|| damaged("a part of a set's map cannot be read")));
     }
     let used: Vec<i64> = used.into_iter().map(i64::from).collect();
     client.update(

@@ -130,11 +130,13 @@ fn kind(value: &Value) -> &'static str {
 fn wrong_type(key: &str, value: &Value, wanted: &str) -> ModelError {
     ModelError::invalid_input(format!("training option \"{key}\" must be {wanted}"))
         .detail(format!("It is {}.", if value.is_number() { value.to_string() } else { kind(value).into() }))
+        .hint(format!("Give {wanted}, or leave the option out for its default."))
 }
 
 fn beyond(key: &str, value: &Value, range: &str) -> ModelError {
     ModelError::out_of_range(format!("training option \"{key}\" is out of range"))
         .detail(format!("It is {value}; it must be {range}."))
+        .hint(format!("Give a value that is {range}."))
 }
 
 fn integer(key: &str, value: &Value, least: u64, most: u64) -> Result<u64, ModelError> {

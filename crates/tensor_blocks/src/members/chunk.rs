@@ -4,7 +4,10 @@
 //!  names:    | count u16 | per member: length u8, bytes |       ascending by bytes
 //!  places:   | per member, per segment: block u32, offset u16 |
 //!  recipes:  | per trained member: its number u16, content hash 32, fingerprint of its data 32 |
+//!  each:     ... | checksum, 7 bytes of BLAKE3 over kind and bytes | version u8 |
 //! ```
+//!
+//! A place that was damaged would be a place of other parameters, and so a wrong prediction: hence the checksum.
 
 use super::Place;
 
@@ -12,6 +15,47 @@ use super::Place;
 pub const CHUNK_MEMBERS: usize = 512;
 /// Most bytes of a member's name.
 const NAME_MAX: usize = u8::MAX as usize;
+
+/// The version of the stored forms.
+const VERSION: u8 = 1;
+/// Bytes of the checksum.
+const SUM: usize = 7;
+
+/// One of the three stored forms.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Part {
+    Names,
+    Places,
+    Recipes,
+}
+
+impl Part {
+    fn sum(self, bytes: &[u8]) -> [u8; SUM] {
+        const CONTEXT: &str = "pg_tessera part of a model set's map v1";
+        let hash = *blake3::Hasher::new_derive_key(CONTEXT).update(&[self as u8]).update(bytes).finalize().as_bytes();
+        std::array::from_fn(|at| hash[at])
+    }
+
+    fn seal(self, mut bytes: Vec<u8>) -> Vec<u8> {
+        let sum = self.sum(&bytes);
+        bytes.extend_from_slice(&sum);
+        bytes.push(VERSION);
+        bytes
+    }
+
+    /// What was stored of this kind.
+    ///
+    /// # Errors
+    /// [`ChunkError`] for another version, or if it is not what was stored.
+    pub(super) fn open(self, stored: &[u8]) -> Result<&[u8], ChunkError> {
+        let (&version, rest) = stored.split_last().ok_or(ChunkError("it is empty"))?;
+        if version != VERSION {
+            return Err(ChunkError("it has a version that this pg_tessera does not read"));
+        }
+        let (bytes, sum) = rest.split_last_chunk::<SUM>().ok_or(ChunkError("it is cut off"))?;
+        if *sum != self.sum(bytes) { Err(ChunkError("its checksum does not fit")) } else { Ok(bytes) }
+    }
+}
 
 /// How a member came about that is not stored but trained again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,14 +107,14 @@ impl Chunk {
             out.push(name.len() as u8);
             out.extend_from_slice(name.as_bytes());
         }
-        out
+        Part::Names.seal(out)
     }
 
     /// Stored form of the places.
     pub fn encode_places(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(self.places.len() * Place::BYTES);
         self.places.iter().for_each(|place| place.write(&mut out));
-        out
+        Part::Places.seal(out)
     }
 
     /// Stored form of the recipes.
@@ -81,7 +125,7 @@ impl Chunk {
             out.extend_from_slice(&recipe.content);
             out.extend_from_slice(&recipe.data);
         }
-        out
+        Part::Recipes.seal(out)
     }
 
     /// A chunk from its stored forms, for members of so many segments.
@@ -89,6 +133,8 @@ impl Chunk {
     /// # Errors
     /// [`ChunkError`] if they contradict themselves or each other.
     pub fn decode(names: &[u8], places: &[u8], recipes: &[u8], segments: usize) -> Result<Chunk, ChunkError> {
+        let (names, places, recipes) =
+            (Part::Names.open(names)?, Part::Places.open(places)?, Part::Recipes.open(recipes)?);
         let (count, mut rest) = names.split_first_chunk::<2>().ok_or(ChunkError("the names are cut off"))?;
         let count = usize::from(u16::from_le_bytes(*count));
         let mut chunk = Chunk::default();
@@ -181,16 +227,40 @@ mod tests {
         for cut in 0..places.len() {
             assert!(Chunk::decode(&names, &places[..cut], &recipes, 3).is_err());
         }
-        assert!(Chunk::decode(&names, &places, &recipes[..65], 3).is_err());
-        assert!(Chunk::decode(&names, &places, &recipes, 4).is_err());
-        assert!(Chunk::decode(&[names.clone(), vec![0]].concat(), &places, &recipes, 3).is_err());
-        let swapped = [&recipes[66..], &recipes[..66]].concat();
-        assert!(Chunk::decode(&names, &places, &swapped, 3).is_err());
-        // Every single byte changed: an error or another chunk, never a panic.
-        for at in 0..names.len() {
-            let mut bytes = names.clone();
-            bytes[at] ^= 0x81;
-            let _ = Chunk::decode(&bytes, &places, &recipes, 3);
+        for cut in 0..recipes.len() {
+            assert!(Chunk::decode(&names, &places, &recipes[..cut], 3).is_err());
         }
+        assert!(Chunk::decode(&names, &places, &recipes, 4).is_err());
+        assert!(Chunk::decode(&names, &recipes, &places, 3).is_err());
+        assert!(Chunk::decode(&[names.clone(), vec![0]].concat(), &places, &recipes, 3).is_err());
+        // Every single bit changed.
+        for part in 0..3 {
+            let mut parts = [names.clone(), places.clone(), recipes.clone()];
+            for bit in 0..8 * parts[part].len() {
+                parts[part][bit / 8] ^= 1 << (bit % 8);
+                assert!(Chunk::decode(&parts[0], &parts[1], &parts[2], 3).is_err());
+                parts[part][bit / 8] ^= 1 << (bit % 8);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_sealed_but_contradicts_itself_is_an_error() {
+        let whole = chunk();
+        let (names, places, recipes) = (whole.encode_names(), whole.encode_places(), whole.encode_recipes());
+        let inner = |part: Part, stored: &[u8]| part.open(stored).unwrap().to_vec();
+        let plain = inner(Part::Names, &names);
+        for cut in 0..plain.len() {
+            assert!(Chunk::decode(&Part::Names.seal(plain[..cut].to_vec()), &places, &recipes, 3).is_err());
+        }
+        // An error or another chunk, never a panic.
+        for at in 0..plain.len() {
+            let mut bytes = plain.clone();
+            bytes[at] ^= 0x81;
+            let _ = Chunk::decode(&Part::Names.seal(bytes), &places, &recipes, 3);
+        }
+        let plain = inner(Part::Recipes, &recipes);
+        let swapped = Part::Recipes.seal([&plain[66..], &plain[..66]].concat());
+        assert!(Chunk::decode(&names, &places, &swapped, 3).is_err());
     }
 }

@@ -53,9 +53,9 @@ impl Place {
         usize::from(self.at) * UNIT
     }
 
-    /// The blocks of stored places; none if they are cut off.
+    /// The blocks of a chunk's stored places; none if they are damaged.
     pub fn blocks_of(stored: &[u8]) -> Option<impl Iterator<Item = u32>> {
-        let (places, rest) = stored.as_chunks::<{ Place::BYTES }>();
+        let (places, rest) = chunk::Part::Places.open(stored).ok()?.as_chunks::<{ Place::BYTES }>();
         rest.is_empty().then(|| places.iter().map(|place| Place::read(place).block))
     }
 
