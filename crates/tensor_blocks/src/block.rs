@@ -20,7 +20,10 @@ const HEAD: usize = 4;
 const MAX_RANK: usize = 64;
 
 /// Element type, dims and what follows the head.
-fn parts(bytes: &[u8]) -> Result<(DType, &[[u8; 4]], &[u8]), BlockError> {
+type Parts<'a> = (DType, &'a [[u8; 4]], &'a [u8]);
+
+/// Takes the binary form apart. What follows the head is as long as it is.
+fn parts(bytes: &[u8]) -> Result<Parts<'_>, BlockError> {
     let &[version, dtype, rank, _] = bytes.first_chunk::<HEAD>().ok_or(BlockError::Truncated)?;
     if version != VERSION {
         return Err(BlockError::Version(version));

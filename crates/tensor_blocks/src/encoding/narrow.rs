@@ -106,7 +106,7 @@ fn narrow16(bits: u32) -> u16 {
     let (exponent, mantissa) = (bits >> 23 & 0xff, bits & 0x7f_ffff);
     let size = match exponent {
         0xff => 0x7c00 | mantissa >> 13,
-        113..=142 => exponent - BIAS_16 << 10 | mantissa >> 13,
+        113..=142 => (exponent - BIAS_16) << 10 | mantissa >> 13,
         // A subnormal float16: the leading one stands in the mantissa, which counts in 2^-24.
         102..=112 => (mantissa | 0x80_0000) >> (126 - exponent),
         _ => 0,
@@ -148,7 +148,7 @@ fn narrow32(bits: u64) -> u32 {
     sign | match size >> 52 {
         0 => 0,
         0x7ff => 0xff << 23,
-        _ => (size - (BIAS_32 << 52) >> 29) as u32,
+        _ => ((size - (BIAS_32 << 52)) >> 29) as u32,
     }
 }
 
@@ -158,7 +158,7 @@ fn widen32(bits: u32) -> u64 {
     let size = u64::from(bits & 0x7fff_ffff) << 29;
     sign | match bits >> 23 & 0xff {
         0 => 0,
-        0xff => size + (0x7ff - 0xff << 52),
+        0xff => size + ((0x7ff - 0xff) << 52),
         _ => size + (BIAS_32 << 52),
     }
 }
@@ -184,7 +184,8 @@ mod tests {
     #[test]
     fn what_float16_has_not_does_not_fit() {
         let fits = |value: f32| Narrow::Float16.fits(DType::Float32, &value.to_le_bytes());
-        for value in [0.0, -0.0, 1.0, 65504.0, -6.103515625e-5, 2f32.powi(-24), 1023.0 * 2f32.powi(-24), f32::INFINITY]
+        for value in
+            [0.0, -0.0, 1.0, 65504.0, -(2f32.powi(-14)), 2f32.powi(-24), 1023.0 * 2f32.powi(-24), f32::INFINITY]
         {
             assert!(fits(value), "{value}");
         }
