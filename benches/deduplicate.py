@@ -219,14 +219,16 @@ def tables(head: str, fleet: Fleet, results: list[Result], reports: list[dict], 
               f"the index ({alone[1] / 1e6:,.0f} MB, {ours[1] / 1e6:,.0f} MB); the largest drop is **{largest:.4f}** (at most {WANTED_DROP} wanted): "
               f"{'reached' if ratio >= WANTED_RATIO and largest <= WANTED_DROP else 'NOT reached'}",
               "- `predict` of the deduplicated models gives what ONNX Runtime gives with the exported files, and `check_store` finds nothing.", "",
-              "| task | texts: train, validation, test | accuracy with the base alone | trained on | deduplicated | drop | what deduplicate_model says |",
-              "| --- | ---: | ---: | ---: | ---: | ---: | --- |"]
+              "The accuracies of each, on test texts, and what deduplicate_model says of it: drops on the rows that guided it and on those it held out.", "",
+              "| task | texts: train, validation, test | the base's | trained on | deduplicated | drop | merged blocks | evaluations | guide drop | held-out drop | s |",
+              "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for task, found, first, then in zip(TASKS, reports, before, after):
         parts = ", ".join(f"{len(fleet.texts[task][part].labels):,}" for part in text_classifiers.PARTS)
         base = text_classifiers.accuracy(fleet.base, fleet.texts[task]["test"])
-        told = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items()
-                         if isinstance(value, int | float) and not isinstance(value, bool))
-        lines.append(f"| {task} | {parts} | {base:.3f} | {first:.3f} | {then:.3f} | {first - then:.4f} | {told} |")
+        guide, held = found["guide_before"] - found["guide_after"], found["metric_before"] - found["metric_after"]
+        lines.append(f"| {task} | {parts} | {base:.3f} | {first:.3f} | {then:.3f} | {first - then:.4f} | {found['merged']:,} of {found['blocks']:,} | "
+                     f"{found['evaluations']} | {guide:.4f} | {held:.4f} | {found['seconds_all']:.1f} |")
+    lines += ["", *(f"- {task}: {found['note']}" for task, found in zip(TASKS, reports) if found["note"])]
     return [*lines, ""]
 
 
