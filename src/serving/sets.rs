@@ -12,7 +12,7 @@ use crate::catalog::{self, BlockRef, OpenWeights};
 use crate::pg::snapshot::SnapshotIdentity;
 use crate::pg::{error, interrupt};
 use inference::net::{FeedForward, Scratch};
-use inference::onnx::{self, StoredRef};
+use inference::onnx::{self, Merger, StoredRef};
 use inference::signature::{Port, Signature};
 use lru::LruCache;
 use pgrx::pg_sys;
@@ -45,6 +45,7 @@ pub struct Shared {
     /// Whether rows may go together, as was proven of the first member that was saved.
     pub independent: bool,
     net: Option<FeedForward>,
+    merger: Merger,
 }
 
 impl Shared {
@@ -72,7 +73,8 @@ impl Shared {
             )
         });
         let net = FeedForward::of_graph(&graph).filter(|net| net.tensors() == tensors.len());
-        Shared { graph_hash, graph, signature, tensors, segments, independent, net }
+        let merger = Merger::new(&graph).unwrap_or_else(|e| error::raise_model(e));
+        Shared { graph_hash, graph, signature, tensors, segments, independent, net, merger }
     }
 
     /// The input of a feed-forward net.
@@ -416,23 +418,34 @@ impl OpenSet {
         SCRATCH.with_borrow_mut(|scratch| net.run(&params, x, m, out, scratch));
     }
 
-    /// The tensors of a stored member, by ordinal, read past the cache.
-    pub fn tensors(&self, member: Member, reader: &mut Reader) -> Vec<Vec<u8>> {
+    /// Calls `f` with a function that appends the bytes of a stored member's tensor, read past the cache, to a vector.
+    fn with_tensors<T>(
+        &self,
+        member: Member,
+        reader: &mut Reader,
+        f: impl FnOnce(&dyn Fn(usize, &mut Vec<u8>)) -> T,
+    ) -> T {
         let (places, segments) = (self.places(member), &self.shared.segments);
-        let mut run = Vec::with_capacity(segments.bytes());
-        for (number, place) in places.iter().enumerate() {
-            let block = reader.block(self, place.block);
-            let segment = block.get(place.offset()..place.offset() + segments.size(number));
-            run.extend_from_slice(segment.unwrap_or_else(|| damaged("a segment lies outside its block")));
-        }
-        let starts = segments.starts();
-        (0..segments.tensors())
-            .map(|tensor| {
-                let mut bytes = Vec::with_capacity(self.shared.tensors[tensor].bytes as usize);
-                segments.scatter(tensor, |segment| &run[starts[segment]..starts[segment + 1]], &mut bytes);
-                bytes
-            })
-            .collect()
+        let blocks: Vec<_> = places.iter().map(|place| reader.block(self, place.block)).collect();
+        let segment = |number: usize| {
+            let place = places[number];
+            let bytes = blocks[number].get(place.offset()..place.offset() + segments.size(number));
+            bytes.unwrap_or_else(|| damaged("a segment lies outside its block"))
+        };
+        f(&|tensor, out| segments.scatter(tensor, segment, out))
+    }
+
+    /// A stored member's ONNX file, read past the cache; `out` is cleared first.
+    pub fn write(&self, member: Member, reader: &mut Reader, out: &mut Vec<u8>) {
+        out.clear();
+        out.reserve(usize::try_from(self.shared.merger.model_bytes()).unwrap_or(0));
+        self.with_tensors(member, reader, |tensor| {
+            let mut fetch = |ordinal: u32, bytes: &mut Vec<u8>| {
+                tensor(ordinal as usize, bytes);
+                Ok(())
+            };
+            self.shared.merger.write(&mut fetch, out).unwrap_or_else(|e| error::raise_model(e));
+        });
     }
 
     /// A plan for a member, kept as plans of models are.
@@ -444,12 +457,13 @@ impl OpenSet {
         }
         let content = *hasher.finalize().as_bytes();
         kept(&content).unwrap_or_else(|| {
-            let tensors = self.tensors(member, &mut Reader::default());
-            let mut fetch = |ordinal: u32, out: &mut Vec<u8>| {
-                out.extend_from_slice(tensors.get(ordinal as usize).map_or(&[][..], Vec::as_slice));
-                Ok(())
-            };
-            remember(content, compile(&self.shared.graph, &mut fetch, &[]))
+            self.with_tensors(member, &mut Reader::default(), |tensor| {
+                let mut fetch = |ordinal: u32, out: &mut Vec<u8>| {
+                    tensor(ordinal as usize, out);
+                    Ok(())
+                };
+                remember(content, compile(&self.shared.graph, &mut fetch, &[]))
+            })
         })
     }
 
@@ -471,7 +485,7 @@ fn floats(bytes: &[u8]) -> &[f32] {
 /// Blocks that were read lately.
 pub struct Reader {
     weights: OpenWeights,
-    recent: LruCache<u32, Vec<u8>>,
+    recent: LruCache<u32, Rc<Vec<u8>>>,
 }
 
 impl Default for Reader {
@@ -481,16 +495,19 @@ impl Default for Reader {
 }
 
 impl Reader {
-    fn block(&mut self, set: &OpenSet, number: u32) -> &[u8] {
-        if !self.recent.contains(&number) {
-            interrupt::check();
-            let mut bytes = match self.recent.len() == self.recent.cap().get() {
-                true => self.recent.pop_lru().map(|(_, bytes)| bytes).unwrap_or_default(),
-                false => Vec::new(),
-            };
-            set.read_block(&self.weights, number, &mut bytes);
-            self.recent.put(number, bytes);
+    fn block(&mut self, set: &OpenSet, number: u32) -> Rc<Vec<u8>> {
+        if let Some(known) = self.recent.get(&number) {
+            return known.clone();
         }
-        self.recent.get(&number).map_or(&[], Vec::as_slice)
+        interrupt::check();
+        // The memory of a block that nobody reads any more is used again.
+        let mut bytes = match self.recent.len() == self.recent.cap().get() {
+            true => self.recent.pop_lru().and_then(|(_, bytes)| Rc::try_unwrap(bytes).ok()).unwrap_or_default(),
+            false => Vec::new(),
+        };
+        set.read_block(&self.weights, number, &mut bytes);
+        let bytes = Rc::new(bytes);
+        self.recent.put(number, bytes.clone());
+        bytes
     }
 }

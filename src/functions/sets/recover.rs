@@ -5,7 +5,6 @@ use crate::catalog::sets;
 use crate::pg::error;
 use crate::pg::fmgr::{Call, MAX_ALLOC, Rows, sql_functions_of_users_code, varlena_datum};
 use crate::serving::sets::{Member, OpenSet, Reader, open, set_of};
-use inference::onnx;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::rc::Rc;
@@ -34,10 +33,11 @@ fn recover_model_set(call: &Call) -> pg_sys::Datum {
     let mut members: Vec<_> =
         set.members().map(|(member, name)| (set.places(member).first().copied(), member, name)).collect();
     members.sort_by_key(|(place, member, _)| (place.map(|place| (place.block, place.at)), *member));
-    let mut reader = Reader::default();
+    let (mut reader, mut out) = (Reader::default(), Vec::new());
     for (_, member, name) in members {
         crate::pg::interrupt::check();
-        let model = varlena_datum(&[&recovered(&set, member, &name, &mut reader)]);
+        recover(&set, member, &name, &mut reader, &mut out);
+        let model = varlena_datum(&[&out]);
         rows.push(&[name.into_datum(), Some(model)]);
         // SAFETY: palloc'd just now; the row has a copy.
         unsafe { pg_sys::pfree(model.cast_mut_ptr()) };
@@ -47,21 +47,22 @@ fn recover_model_set(call: &Call) -> pg_sys::Datum {
 
 /// A member's ONNX file, read or trained.
 pub(super) fn recovered(set: &Rc<OpenSet>, member: Member, name: &str, reader: &mut Reader) -> Vec<u8> {
+    let mut out = Vec::new();
+    recover(set, member, name, reader, &mut out);
+    out
+}
+
+/// The same, in place of what is in `out`.
+fn recover(set: &Rc<OpenSet>, member: Member, name: &str, reader: &mut Reader, out: &mut Vec<u8>) {
     match set.recipe(member) {
-        Some(recipe) => train::again(set, name, &recipe, reader),
-        None => stored(set, member, reader),
+        Some(recipe) => *out = train::again(set, name, &recipe, reader),
+        None => stored(set, member, reader, out),
     }
 }
 
 /// A stored member's ONNX file.
-fn stored(set: &OpenSet, member: Member, reader: &mut Reader) -> Vec<u8> {
-    let tensors = set.tensors(member, reader);
-    let mut fetch = |ordinal: u32, out: &mut Vec<u8>| {
-        out.extend_from_slice(tensors.get(ordinal as usize).map_or(&[][..], Vec::as_slice));
-        Ok(())
-    };
-    let mut out = Vec::with_capacity(set.shared.graph.len() + set.shared.segments.bytes() + 64 * tensors.len());
-    onnx::merge(&set.shared.graph, &mut fetch, &mut out).unwrap_or_else(|e| error::raise_model(e));
+fn stored(set: &OpenSet, member: Member, reader: &mut Reader, out: &mut Vec<u8>) {
+    set.write(member, reader, out);
     if out.len() > MAX_ALLOC - 64 {
         error::raise(
             PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
@@ -70,7 +71,6 @@ fn stored(set: &OpenSet, member: Member, reader: &mut Reader) -> Vec<u8> {
             "Models of that size are better loaded each by itself.",
         );
     }
-    out
 }
 
 /// The member of this name that a set's was made from.

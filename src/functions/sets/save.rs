@@ -17,6 +17,7 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::borrow::Cow;
 use std::cell::Cell;
+use std::ops::Range;
 use std::rc::Rc;
 use tensor_blocks::DType;
 
@@ -27,15 +28,23 @@ fn save_model_set(call: &Call) -> pg_sys::Datum {
     let parent = begin(name, call.get(2));
     let _activity = Activity::begin(Work::Load, None);
     let mut making: Option<Making> = None;
+    let mut form: Option<Form> = None;
     let check = |columns: &[Column]| check_columns(columns, &[pg_sys::BYTEAOID], "(name text, model bytea)");
     query::select(members, "members", Calls::Any, check, |row| {
         let member = name_of(row);
         let Some(model) = row[1] else { null_of(&member, "model") };
         let mut add = |model: &[u8]| {
+            if let (Some(form), Some(making)) = (&form, &mut making)
+                && form.fits(model)
+            {
+                making.add(&member, |tensor| &model[form.tensors[tensor].clone()]);
+                return model.len();
+            }
             let stripped = strip(model, &member);
             let making = making.get_or_insert_with(|| start(name, parent.clone(), &stripped, &member));
             check_same(&making.shared, &stripped, &member);
             making.add(&member, |tensor| &stripped.tensors[tensor].data);
+            form = form.take().or_else(|| Form::of(model, &stripped));
             model.len()
         };
         // SAFETY: the column is a bytea.
@@ -82,6 +91,46 @@ fn load_model_set(call: &Call) -> pg_sys::Datum {
         unsafe { varlena::with_bytes(run, &mut add) }
     });
     finish(name, parent, Some(making))
+}
+
+/// A member's file: files that differ from it in the tensors' bytes only need not be read as ONNX.
+struct Form {
+    model: Vec<u8>,
+    /// Where the tensors lie, by ordinal.
+    tensors: Vec<Range<usize>>,
+    /// What lies between them, ascending.
+    between: Vec<Range<usize>>,
+}
+
+impl Form {
+    /// Of a file whose tensors lie in it as they are; none for another one.
+    fn of(model: &[u8], stripped: &Stripped<'_>) -> Option<Form> {
+        let place = |tensor: &StoredTensor<'_>| {
+            let Cow::Borrowed(data) = tensor.data else { return None };
+            let from = (data.as_ptr() as usize).checked_sub(model.as_ptr() as usize)?;
+            // What is empty lies nowhere.
+            let from = if data.is_empty() { 0 } else { from };
+            (from + data.len() <= model.len()).then_some(from..from + data.len())
+        };
+        let tensors: Vec<Range<usize>> = stripped.tensors.iter().map(place).collect::<Option<_>>()?;
+        let mut taken: Vec<Range<usize>> = tensors.iter().filter(|range| !range.is_empty()).cloned().collect();
+        taken.sort_by_key(|range| range.start);
+        let (mut between, mut end) = (Vec::new(), 0);
+        for range in taken {
+            if range.start < end {
+                return None;
+            }
+            between.push(end..range.start);
+            end = range.end;
+        }
+        between.push(end..model.len());
+        Some(Form { model: model.to_vec(), tensors, between })
+    }
+
+    fn fits(&self, model: &[u8]) -> bool {
+        model.len() == self.model.len()
+            && self.between.iter().all(|range| model[range.clone()] == self.model[range.clone()])
+    }
 }
 
 /// Adds a member whose tensors lie one behind the other.

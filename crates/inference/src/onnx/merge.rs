@@ -17,17 +17,49 @@ use crate::error::ModelError;
 use std::io::Write;
 use tensor_blocks::DType;
 
-/// Writes the whole model of a stored `graph` to `out`.
-///
-/// `fetch` is called once for each tensor, in the order of the file, with the tensor's ordinal and an empty vector
-/// that it fills with the tensor's little-endian bytes. The parts of the model are written as they come; a writer
-/// that wants few large writes buffers.
+/// Writes the whole model of a stored `graph` to `out`, as [`Merger::write`].
 ///
 /// # Errors
-/// Those of `fetch`; `InvalidModel` if the graph is damaged; `Internal` if a tensor has not the length that the graph
-/// says, or `out` fails. An error of `out` that carries a [`ModelError`] is returned as that.
+/// Those of [`Merger`].
 pub fn merge(graph: &[u8], fetch: &mut Fetch<'_>, out: &mut dyn Write) -> Result<(), ModelError> {
-    let rope = merged(graph)?;
+    write(&merged(graph)?, graph, fetch, out)
+}
+
+/// A stored graph that was read once, for many models that differ in their tensors only.
+pub struct Merger {
+    graph: Vec<u8>,
+    rope: Rope,
+}
+
+impl Merger {
+    /// Reads a stored graph.
+    ///
+    /// # Errors
+    /// `InvalidModel` if it is damaged.
+    pub fn new(graph: &[u8]) -> Result<Merger, ModelError> {
+        Ok(Merger { graph: graph.to_vec(), rope: merged(graph)? })
+    }
+
+    /// Bytes of a whole model.
+    pub fn model_bytes(&self) -> u64 {
+        self.rope.len()
+    }
+
+    /// Writes a whole model to `out`.
+    ///
+    /// `fetch` is called once for each tensor, in the order of the file, with the tensor's ordinal and an empty vector
+    /// that it fills with the tensor's little-endian bytes. The parts of the model are written as they come; a writer
+    /// that wants few large writes buffers.
+    ///
+    /// # Errors
+    /// Those of `fetch`; `Internal` if a tensor has not the length that the graph says, or `out` fails. An error of `out` that
+    /// carries a [`ModelError`] is returned as that.
+    pub fn write(&self, fetch: &mut Fetch<'_>, out: &mut dyn Write) -> Result<(), ModelError> {
+        write(&self.rope, &self.graph, fetch, out)
+    }
+}
+
+fn write(rope: &Rope, graph: &[u8], fetch: &mut Fetch<'_>, out: &mut dyn Write) -> Result<(), ModelError> {
     let mut scratch = Vec::new();
     for piece in &rope.pieces {
         let bytes = match piece {

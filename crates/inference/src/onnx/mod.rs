@@ -30,7 +30,7 @@ mod walk;
 mod wire;
 
 pub use external::{ExternalData, FolderExternalData, NoExternalData};
-pub use merge::{merge, merged_len, stored_tensors};
+pub use merge::{Merger, merge, merged_len, stored_tensors};
 pub use strip::strip;
 
 use crate::error::ModelError;
