@@ -78,7 +78,7 @@ CREATE FUNCTION recover_model(member text) RETURNS bytea
 COMMENT ON FUNCTION recover_model(text) IS 'a member of a set, named set/member, as an ONNX file';
 CREATE FUNCTION recover_model_set(set_name text, OUT name text, OUT model bytea) RETURNS SETOF record
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE ROWS 1000 AS 'MODULE_PATHNAME', 'tessera_recover_model_set';
-COMMENT ON FUNCTION recover_model_set(text) IS 'all members of a set as ONNX files, by name';
+COMMENT ON FUNCTION recover_model_set(text) IS 'all members of a set as ONNX files, with their names';
 CREATE FUNCTION drop_model_set(set_name text) RETURNS void
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'tessera_drop_model_set';
 COMMENT ON FUNCTION drop_model_set(text) IS 'drops a set; sets that are based on it keep what they need, unless they are trained from it: then it stays';
