@@ -102,10 +102,15 @@ def size(conn) -> int:
     return int(value(conn, "SELECT sum(pg_total_relation_size(oid)) FROM pg_class WHERE relnamespace = 'tessera'::regnamespace AND relkind = 'r'"))
 
 
+def rows_of(model_set: str) -> str:
+    """All members, one by one: in FROM itself PostgreSQL would collect the function's rows in a temporary file first."""
+    return f"(SELECT recover_model_set('{model_set}') AS r OFFSET 0) AS members"
+
+
 def recovered(conn, architecture: Architecture, model_set: str, likely: np.ndarray) -> np.ndarray:
     """The parameters of all members, read by a client; `likely` are what they probably are, which saves parsing."""
     with conn.cursor(binary=True) as cursor:
-        rows = dict(cursor.execute("SELECT name, model FROM recover_model_set(%s)", (model_set,)).fetchall())
+        rows = dict(cursor.execute(f"SELECT (r).name, (r).model FROM {rows_of(model_set)}").fetchall())
     names = fleet_models.names(len(likely))
     assert rows.keys() == set(names), f"{model_set} has other members"
     found = np.empty_like(likely)
@@ -151,11 +156,11 @@ def baseline(cluster: Cluster, chosen) -> list[str]:
                 by_torch = with_torch(folder, parameters, architecture)
                 for name in ("save", "save_fsync", "load"):
                     times.add(f"torch {name}", by_torch[name])
-                total = times.run("recover", lambda: value(conn, "SELECT sum(length(model)) FROM recover_model_set('battery')"))
+                total = times.run("recover", lambda: value(conn, f"SELECT sum(length((r).model)) FROM {rows_of('battery')}"))
                 assert total == sum(len(file) for _name, file in fleet_models.members(architecture, parameters))
                 started = time.perf_counter()
                 with conn.cursor(binary=True) as cursor:
-                    rows = cursor.execute("SELECT name, model FROM recover_model_set('battery')").fetchall()
+                    rows = cursor.execute(f"SELECT (r).name, (r).model FROM {rows_of('battery')}").fetchall()
                 times.add("recover to a client", time.perf_counter() - started)
                 del rows
                 assert_bits(recovered(conn, architecture, "battery", parameters), parameters, "the set")
@@ -276,7 +281,7 @@ def recoveries(conn, whole: list[Database], architecture: Architecture, states: 
     for turn, database in enumerate(whole):
         with database.connect() as beside:
             for way, where in (("whole", beside), ("update", conn), ("provenance", conn)):
-                sql, times = f"SELECT sum(length(model)) FROM recover_model_set('{way}_{turn}')", Times()
+                sql, times = f"SELECT sum(length((r).model)) FROM {rows_of(f'{way}_{turn}')}", Times()
                 for _ in range(1 if way == "provenance" and turn else 3):
                     times.run("set", lambda: value(where, sql))
                 for name in names:

@@ -314,3 +314,23 @@ def test_storage_of_a_large_set_is_little_more_than_its_floats(fresh):
         conn.execute("SELECT save_model_set('s', 'SELECT name, onnx FROM m')")
         assert size() - before <= 1.05 * parameters.nbytes, (size() - before) / parameters.nbytes
         assert storage(conn, "tessera.set_block")["blocks_stored"] == storage(conn, "tessera.set_block")["blocks_referenced"]
+
+
+def test_members_come_one_by_one(fresh):
+    """In a target list nothing is collected: a LIMIT ends early, and what is left is dropped with the query."""
+    with fresh.connect() as conn:
+        architecture, parameters = battery_nets(600)
+        save(conn, "s", architecture, parameters)
+        rows = "(SELECT recover_model_set('s') AS r OFFSET 0) AS q"
+        assert dict(conn.execute(f"SELECT (r).name, (r).model FROM {rows}").fetchall()) == dict(members(architecture, parameters))
+        for _ in range(50):
+            assert len(conn.execute(f"SELECT (r).name FROM {rows} LIMIT 3").fetchall()) == 3
+        with conn.transaction():
+            conn.execute(f"DECLARE c CURSOR FOR SELECT (r).name, (r).model FROM {rows}")
+            first = conn.execute("FETCH 100 FROM c").fetchall()
+            # The cursor's snapshot has the set, whatever becomes of it.
+            conn.execute("SELECT drop_model_set('s')")
+            rest = conn.execute("FETCH ALL FROM c").fetchall()
+            assert dict(first + rest) == dict(members(architecture, parameters))
+        fails(conn, "SELECT recover_model_set('s')", sqlstate="42704")
+        fails(conn, "SELECT CASE WHEN true THEN recover_model_set('s') END", hint=True, sqlstate="0A000")

@@ -166,6 +166,67 @@ pub fn raw_datum(bytes: &[u8]) -> pg_sys::Datum {
     }
 }
 
+/// A varlena of `len` bytes in the current memory context, which `fill` writes.
+pub fn varlena_with(len: usize, fill: impl FnOnce(&mut [u8])) -> pg_sys::Datum {
+    if len > MAX_ALLOC - super::varlena::VARHDRSZ {
+        super::error::raise(
+            PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+            "value is larger than the 1 GB that a column value can have",
+            &format!("It has {len} bytes."),
+            "Use a large object, or smaller pieces.",
+        );
+    }
+    // SAFETY: palloc'd with room for the header and the bytes, which are set before they are lent.
+    unsafe {
+        let datum = pg_sys::palloc(len + super::varlena::VARHDRSZ).cast::<pg_sys::varlena>();
+        pgrx::set_varsize_4b(datum, (len + super::varlena::VARHDRSZ) as i32);
+        let bytes = datum.cast::<u8>().add(super::varlena::VARHDRSZ);
+        std::ptr::write_bytes(bytes, 0, len);
+        fill(std::slice::from_raw_parts_mut(bytes, len));
+        pg_sys::Datum::from(datum)
+    }
+}
+
+/// The next row of a function that returns a set of rows one by one, as it is called for them: nothing is collected. `begin` makes
+/// what is kept between the calls, which is dropped wherever the query ends: dropping it must call nothing of PostgreSQL's.
+/// `next` gives a row, a datum for each column, until it gives none.
+pub fn next_row<S, const N: usize>(
+    call: &Call,
+    begin: impl FnOnce() -> S,
+    next: impl FnOnce(&mut S) -> Option<[Option<pg_sys::Datum>; N]>,
+) -> pg_sys::Datum {
+    // SAFETY: as funcapi.h asks for: the state is made at the first call, in memory that lives as long as the calls go on; a context
+    // that cannot take a set is refused by the server's own error.
+    unsafe {
+        let fcinfo = call.raw();
+        if (*(*fcinfo).flinfo).fn_extra.is_null() {
+            let context = pg_sys::init_MultiFuncCall(fcinfo);
+            let caller = pg_sys::MemoryContextSwitchTo((*context).multi_call_memory_ctx);
+            let mut desc = std::ptr::null_mut();
+            pg_sys::get_call_result_type(fcinfo, std::ptr::null_mut(), &mut desc);
+            (*context).tuple_desc = pg_sys::BlessTupleDesc(pg_sys::CreateTupleDescCopy(desc));
+            pg_sys::MemoryContextSwitchTo(caller);
+            let state = Box::into_raw(Box::new(begin()));
+            (*context).user_fctx = state.cast();
+            super::memory::drop_with((*context).multi_call_memory_ctx, state);
+        }
+        let context = pg_sys::per_MultiFuncCall(fcinfo);
+        let info = (*fcinfo).resultinfo.cast::<pg_sys::ReturnSetInfo>();
+        let Some(row) = next(&mut *(*context).user_fctx.cast::<S>()) else {
+            pg_sys::end_MultiFuncCall(fcinfo, context);
+            (*info).isDone = pg_sys::ExprDoneCond::ExprEndResult;
+            return call.null();
+        };
+        let mut values = row.map(|value| value.unwrap_or(pg_sys::Datum::from(0)));
+        let mut nulls = row.map(|value| value.is_none());
+        assert_eq!((*(*context).tuple_desc).natts as usize, N, "columns of the declaration");
+        let tuple = pg_sys::heap_form_tuple((*context).tuple_desc, values.as_mut_ptr(), nulls.as_mut_ptr());
+        (*context).call_cntr += 1;
+        (*info).isDone = pg_sys::ExprDoneCond::ExprMultipleResult;
+        pg_sys::HeapTupleHeaderGetDatum((*tuple).t_data)
+    }
+}
+
 /// Rows of a function that is declared `RETURNS TABLE` or `SETOF`, collected in a tuplestore.
 pub struct Rows {
     store: *mut pg_sys::Tuplestorestate,

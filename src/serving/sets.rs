@@ -19,6 +19,7 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::io::Write;
 use std::num::NonZeroUsize;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -418,12 +419,12 @@ impl OpenSet {
         SCRATCH.with_borrow_mut(|scratch| net.run(&params, x, m, out, scratch));
     }
 
-    /// Calls `f` with a function that appends the bytes of a stored member's tensor, read past the cache, to a vector.
+    /// Calls `f` with a function that hands on the bytes of a stored member's tensor piece by piece, read past the cache.
     fn with_tensors<T>(
         &self,
         member: Member,
         reader: &mut Reader,
-        f: impl FnOnce(&dyn Fn(usize, &mut Vec<u8>)) -> T,
+        f: impl FnOnce(&dyn Fn(usize, &mut dyn FnMut(&[u8]))) -> T,
     ) -> T {
         let (places, segments) = (self.places(member), &self.shared.segments);
         let blocks: Vec<_> = places.iter().map(|place| reader.block(self, place.block)).collect();
@@ -432,19 +433,31 @@ impl OpenSet {
             let bytes = blocks[number].get(place.offset()..place.offset() + segments.size(number));
             bytes.unwrap_or_else(|| damaged("a segment lies outside its block"))
         };
-        f(&|tensor, out| segments.scatter(tensor, segment, out))
+        f(&|tensor, give| {
+            for piece in segments.pieces(tensor) {
+                give(&segment(piece.segment)[piece.at..piece.at + piece.bytes]);
+            }
+        })
     }
 
-    /// A stored member's ONNX file, read past the cache; `out` is cleared first.
-    pub fn write(&self, member: Member, reader: &mut Reader, out: &mut Vec<u8>) {
-        out.clear();
-        out.reserve(usize::try_from(self.shared.merger.model_bytes()).unwrap_or(0));
+    /// Bytes of a member's ONNX file.
+    pub fn model_bytes(&self) -> usize {
+        usize::try_from(self.shared.merger.model_bytes()).unwrap_or(usize::MAX)
+    }
+
+    /// Writes a stored member's ONNX file, read past the cache, to `out`, which has room for [`OpenSet::model_bytes`].
+    pub fn write(&self, member: Member, reader: &mut Reader, mut out: &mut [u8]) {
         self.with_tensors(member, reader, |tensor| {
-            let mut fetch = |ordinal: u32, bytes: &mut Vec<u8>| {
-                tensor(ordinal as usize, bytes);
-                Ok(())
+            let mut give = |ordinal: u32, out: &mut dyn Write| {
+                let (mut count, mut written) = (0, 0);
+                tensor(ordinal as usize, &mut |bytes| {
+                    count += bytes.len() as u64;
+                    written += u64::from(out.write_all(bytes).is_ok()) * bytes.len() as u64;
+                });
+                // What did not fit makes the tensor too short.
+                Ok(count.min(written))
             };
-            self.shared.merger.write(&mut fetch, out).unwrap_or_else(|e| error::raise_model(e));
+            self.shared.merger.write(&mut give, &mut out).unwrap_or_else(|e| error::raise_model(e));
         });
     }
 
@@ -459,7 +472,7 @@ impl OpenSet {
         kept(&content).unwrap_or_else(|| {
             self.with_tensors(member, &mut Reader::default(), |tensor| {
                 let mut fetch = |ordinal: u32, out: &mut Vec<u8>| {
-                    tensor(ordinal as usize, out);
+                    tensor(ordinal as usize, &mut |bytes| out.extend_from_slice(bytes));
                     Ok(())
                 };
                 remember(content, compile(&self.shared.graph, &mut fetch, &[]))
@@ -484,13 +497,12 @@ fn floats(bytes: &[u8]) -> &[f32] {
 
 /// Blocks that were read lately.
 pub struct Reader {
-    weights: OpenWeights,
     recent: LruCache<u32, Rc<Vec<u8>>>,
 }
 
 impl Default for Reader {
     fn default() -> Reader {
-        Reader { weights: OpenWeights::of_sets(), recent: LruCache::new(NonZeroUsize::new(WINDOW).expect("not zero")) }
+        Reader { recent: LruCache::new(NonZeroUsize::new(WINDOW).expect("not zero")) }
     }
 }
 
@@ -505,7 +517,7 @@ impl Reader {
             true => self.recent.pop_lru().and_then(|(_, bytes)| Rc::try_unwrap(bytes).ok()).unwrap_or_default(),
             false => Vec::new(),
         };
-        set.read_block(&self.weights, number, &mut bytes);
+        set.read_block(&OpenWeights::of_sets(), number, &mut bytes);
         let bytes = Rc::new(bytes);
         self.recent.put(number, bytes.clone());
         bytes

@@ -3,7 +3,7 @@
 use super::train;
 use crate::catalog::sets;
 use crate::pg::error;
-use crate::pg::fmgr::{Call, MAX_ALLOC, Rows, sql_functions_of_users_code, varlena_datum};
+use crate::pg::fmgr::{Call, next_row, sql_functions_of_users_code, varlena_datum, varlena_with};
 use crate::serving::sets::{Member, OpenSet, Reader, open, set_of};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
@@ -23,53 +23,51 @@ fn recover_model(call: &Call) -> pg_sys::Datum {
     };
     let set = set_of(set);
     let found = set.need(member);
-    varlena_datum(&[&recovered(&set, found, member, &mut Reader::default())])
+    recovered_value(&set, found, member, &mut Reader::default())
+}
+
+/// Members that are still to be recovered.
+struct Left {
+    set: Rc<OpenSet>,
+    members: std::vec::IntoIter<(Member, String)>,
+    reader: Reader,
 }
 
 fn recover_model_set(call: &Call) -> pg_sys::Datum {
-    let set = set_of(call.need(0, "set_name"));
-    let mut rows = Rows::start(call);
-    // In the order in which they are stored, so that each block is read about once.
-    let mut members: Vec<_> =
-        set.members().map(|(member, name)| (set.places(member).first().copied(), member, name)).collect();
-    members.sort_by_key(|(place, member, _)| (place.map(|place| (place.block, place.at)), *member));
-    let (mut reader, mut out) = (Reader::default(), Vec::new());
-    for (_, member, name) in members {
+    let begin = || {
+        let set = set_of(call.need(0, "set_name"));
+        // In the order in which they are stored, so that each block is read about once.
+        let mut members: Vec<_> = set.members().collect();
+        members.sort_by_cached_key(|(member, _)| {
+            (set.places(*member).first().map(|place| (place.block, place.at)), *member)
+        });
+        Left { set, members: members.into_iter(), reader: Reader::default() }
+    };
+    next_row(call, begin, |left| {
         crate::pg::interrupt::check();
-        recover(&set, member, &name, &mut reader, &mut out);
-        let model = varlena_datum(&[&out]);
-        rows.push(&[name.into_datum(), Some(model)]);
-        // SAFETY: palloc'd just now; the row has a copy.
-        unsafe { pg_sys::pfree(model.cast_mut_ptr()) };
+        let (member, name) = left.members.next()?;
+        let model = recovered_value(&left.set, member, &name, &mut left.reader);
+        Some([name.into_datum(), Some(model)])
+    })
+}
+
+/// A member's ONNX file as a bytea, read or trained.
+fn recovered_value(set: &Rc<OpenSet>, member: Member, name: &str, reader: &mut Reader) -> pg_sys::Datum {
+    match set.recipe(member) {
+        Some(recipe) => varlena_datum(&[&train::again(set, name, &recipe, reader)]),
+        None => varlena_with(set.model_bytes(), |out| set.write(member, reader, out)),
     }
-    call.null()
 }
 
 /// A member's ONNX file, read or trained.
 pub(super) fn recovered(set: &Rc<OpenSet>, member: Member, name: &str, reader: &mut Reader) -> Vec<u8> {
-    let mut out = Vec::new();
-    recover(set, member, name, reader, &mut out);
-    out
-}
-
-/// The same, in place of what is in `out`.
-fn recover(set: &Rc<OpenSet>, member: Member, name: &str, reader: &mut Reader, out: &mut Vec<u8>) {
     match set.recipe(member) {
-        Some(recipe) => *out = train::again(set, name, &recipe, reader),
-        None => stored(set, member, reader, out),
-    }
-}
-
-/// A stored member's ONNX file.
-fn stored(set: &OpenSet, member: Member, reader: &mut Reader, out: &mut Vec<u8>) {
-    set.write(member, reader, out);
-    if out.len() > MAX_ALLOC - 64 {
-        error::raise(
-            PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
-            "model is larger than the 1 GB that a bytea can have",
-            "",
-            "Models of that size are better loaded each by itself.",
-        );
+        Some(recipe) => train::again(set, name, &recipe, reader),
+        None => {
+            let mut out = vec![0; set.model_bytes()];
+            set.write(member, reader, &mut out);
+            out
+        }
     }
 }
 

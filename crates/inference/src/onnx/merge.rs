@@ -17,13 +17,26 @@ use crate::error::ModelError;
 use std::io::Write;
 use tensor_blocks::DType;
 
-/// Writes the whole model of a stored `graph` to `out`, as [`Merger::write`].
+/// Writes the whole model of a stored `graph` to `out`.
+///
+/// `fetch` is called once for each tensor, in the order of the file, with the tensor's ordinal and an empty vector
+/// that it fills with the tensor's little-endian bytes.
 ///
 /// # Errors
-/// Those of [`Merger`].
+/// Those of `fetch` and of [`Merger`].
 pub fn merge(graph: &[u8], fetch: &mut Fetch<'_>, out: &mut dyn Write) -> Result<(), ModelError> {
-    write(&merged(graph)?, graph, fetch, out)
+    let mut scratch = Vec::new();
+    let mut give = |ordinal: u32, out: &mut dyn Write| {
+        scratch.clear();
+        fetch(ordinal, &mut scratch)?;
+        out.write_all(&scratch).map_err(write_error)?;
+        Ok(scratch.len() as u64)
+    };
+    write(&merged(graph)?, graph, &mut give, out)
 }
+
+/// Writes the little-endian bytes of the tensor with this ordinal, and returns how many there are.
+pub type Give<'g> = dyn FnMut(u32, &mut dyn Write) -> Result<u64, ModelError> + 'g;
 
 /// A stored graph that was read once, for many models that differ in their tensors only.
 pub struct Merger {
@@ -45,21 +58,18 @@ impl Merger {
         self.rope.len()
     }
 
-    /// Writes a whole model to `out`.
-    ///
-    /// `fetch` is called once for each tensor, in the order of the file, with the tensor's ordinal and an empty vector
-    /// that it fills with the tensor's little-endian bytes. The parts of the model are written as they come; a writer
-    /// that wants few large writes buffers.
+    /// Writes a whole model to `out`. `give` is called once for each tensor, in the order of the file. The parts of the model are
+    /// written as they come; a writer that wants few large writes buffers.
     ///
     /// # Errors
-    /// Those of `fetch`; `Internal` if a tensor has not the length that the graph says, or `out` fails. An error of `out` that
+    /// Those of `give`; `Internal` if a tensor has not the length that the graph says, or `out` fails. An error of `out` that
     /// carries a [`ModelError`] is returned as that.
-    pub fn write(&self, fetch: &mut Fetch<'_>, out: &mut dyn Write) -> Result<(), ModelError> {
-        write(&self.rope, &self.graph, fetch, out)
+    pub fn write(&self, give: &mut Give<'_>, out: &mut dyn Write) -> Result<(), ModelError> {
+        write(&self.rope, &self.graph, give, out)
     }
 }
 
-fn write(rope: &Rope, graph: &[u8], fetch: &mut Fetch<'_>, out: &mut dyn Write) -> Result<(), ModelError> {
+fn write(rope: &Rope, graph: &[u8], give: &mut Give<'_>, out: &mut dyn Write) -> Result<(), ModelError> {
     let mut scratch = Vec::new();
     for piece in &rope.pieces {
         let bytes = match piece {
@@ -71,13 +81,12 @@ fn write(rope: &Rope, graph: &[u8], fetch: &mut Fetch<'_>, out: &mut dyn Write) 
                 &scratch[..]
             }
             Piece::Tensor { ordinal, len } => {
-                scratch.clear();
-                fetch(*ordinal, &mut scratch)?;
-                if scratch.len() as u64 != *len {
+                let given = give(*ordinal, out)?;
+                if given != *len {
                     return Err(ModelError::internal(format!("tensor {ordinal} has a wrong length"))
-                        .detail(format!("It has {} bytes; the graph asks for {len}.", scratch.len())));
+                        .detail(format!("It has {given} bytes; the graph asks for {len}.")));
                 }
-                &scratch[..]
+                continue;
             }
         };
         out.write_all(bytes).map_err(write_error)?;
