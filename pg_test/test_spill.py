@@ -1,5 +1,8 @@
 """Values above tessera.operator_memory go to temporary files, and the numbers stay what they are."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import onnx
 import psycopg
@@ -79,3 +82,36 @@ def test_less_memory_than_a_value_suffices(db, pictures):
             predicted(conn)
         conn.execute("SET tessera.operator_memory = '512kB'")
         np.testing.assert_allclose(predicted(conn), pictures, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not os.environ.get("TESSERA_FULL"), reason="takes half a minute and 2 GB of disk: make test-full")
+def test_an_output_of_a_gigabyte(fresh):
+    """A pointwise convolution to 64 channels over 2,048 x 2,048 pixels, a Sigmoid, another one to 10, and the mean of each."""
+    side, dice, port = 2048, np.random.default_rng(1), helper.make_tensor_value_info
+    w, v = (dice.standard_normal(shape).astype(np.float32) for shape in ((64, 3, 1, 1), (10, 64, 1, 1)))
+    nodes = [("Conv", ["x", "w"], "c"), ("Sigmoid", ["c"], "t"), ("Conv", ["t", "v"], "e"), ("GlobalAveragePool", ["e"], "y")]
+    graph = helper.make_graph(
+        [helper.make_node(kind, inputs, [output]) for kind, inputs, output in nodes],
+        "gigabyte",
+        [port("x", TensorProto.FLOAT, ["batch", 3, side, side])],
+        [port("y", TensorProto.FLOAT, ["batch", 10, 1, 1])],
+        [helper.make_tensor(name, TensorProto.FLOAT, a.shape, a.tobytes(), raw=True) for name, a in (("w", w), ("v", v))],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
+    model.ir_version = 8
+    with fresh.connect() as conn:
+        conn.execute("SELECT load_model('gigabyte', %b)", (model.SerializeToString(),))
+        conn.execute(f"CREATE TABLE picture AS SELECT array_agg((i % 997)::real / 997::real ORDER BY i) x FROM generate_series(0, {3 * side * side - 1}) i")
+    with fresh.connect() as conn:
+        before = temporary(conn)
+        pid = conn.execute("SELECT pg_backend_pid()").fetchone()[0]
+        got = np.array(conn.execute("SELECT predict('gigabyte', x) FROM picture").fetchone()[0])
+        peak = next(int(line.split()[1]) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
+        spilled = temporary(conn) - before
+    x, sums = (np.arange(3 * side * side) % 997 / 997).reshape(3, -1), np.zeros(64)
+    for piece in np.array_split(x, 16, axis=1):
+        sums += (1 / (1 + np.exp(-(w.reshape(64, 3).astype(np.float64) @ piece)))).sum(axis=1)
+    wanted = v.reshape(10, 64).astype(np.float64) @ (sums / side**2)
+    print(f"{spilled / 1e9:.2f} GB spilled, at most {peak / 1024:.0f} MB resident")
+    assert np.abs(got - wanted).max() < 1e-4
+    assert spilled > 1 << 30 and peak < 600 * 1024
