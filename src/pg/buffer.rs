@@ -41,26 +41,37 @@ impl Pinned {
                 "The table is damaged; restore it from a backup.",
             );
         }
-        Self::get(rel, block, strategy)
+        Self::get(rel, block, pg_sys::ReadBufferMode::RBM_NORMAL, strategy)
     }
 
-    fn get(rel: pg_sys::Relation, block: pg_sys::BlockNumber, strategy: pg_sys::BufferAccessStrategy) -> Pinned {
+    fn get(
+        rel: pg_sys::Relation,
+        block: pg_sys::BlockNumber,
+        mode: pg_sys::ReadBufferMode::Type,
+        strategy: pg_sys::BufferAccessStrategy,
+    ) -> Pinned {
         // SAFETY: `rel` is an open relation, by the contract of every caller in `store`.
-        let buffer = unsafe {
-            pg_sys::ReadBufferExtended(
-                rel,
-                pg_sys::ForkNumber::MAIN_FORKNUM,
-                block,
-                pg_sys::ReadBufferMode::RBM_NORMAL,
-                strategy,
-            )
-        };
+        let buffer =
+            unsafe { pg_sys::ReadBufferExtended(rel, pg_sys::ForkNumber::MAIN_FORKNUM, block, mode, strategy) };
         Pinned { buffer }
     }
 
     /// Appends one zeroed page and pins it. The caller holds the relation's extension lock.
     pub fn extend(rel: pg_sys::Relation) -> Pinned {
-        Self::get(rel, P_NEW, std::ptr::null_mut())
+        Self::get(rel, P_NEW, pg_sys::ReadBufferMode::RBM_NORMAL, std::ptr::null_mut())
+    }
+
+    /// Pins block `block`, which the file has, for a change of all of it under the exclusive content lock, which `change` gets:
+    /// what the page was is not read. Nobody else has anything on it.
+    pub fn overwrite<R>(
+        rel: pg_sys::Relation,
+        block: pg_sys::BlockNumber,
+        change: impl FnOnce(&mut Exclusive<'_>) -> R,
+    ) -> R {
+        let mode = pg_sys::ReadBufferMode::RBM_ZERO_AND_LOCK;
+        let pin = Self::get(rel, block, mode, std::ptr::null_mut());
+        // PostgreSQL has taken the lock.
+        change(&mut Exclusive { pin: &pin })
     }
 
     /// Takes the content lock in share mode.

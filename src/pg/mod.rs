@@ -11,6 +11,7 @@ pub mod compute;
 pub mod error;
 pub mod error_context;
 pub mod exec;
+pub mod extend;
 pub mod fmgr;
 pub mod function;
 pub mod identity;

@@ -1,6 +1,5 @@
-//! Relations: opening, size, extension, and locks on them.
+//! Relations: opening, size, and locks on them.
 
-use super::buffer::Pinned;
 use pgrx::pg_sys;
 
 /// `InvalidSubTransactionId` (c.h), which has no binding.
@@ -66,25 +65,6 @@ pub fn needs_wal(rel: pg_sys::Relation) -> bool {
 pub fn pages(rel: pg_sys::Relation) -> pg_sys::BlockNumber {
     // SAFETY: `rel` is open.
     unsafe { pg_sys::RelationGetNumberOfBlocksInFork(rel, pg_sys::ForkNumber::MAIN_FORKNUM) }
-}
-
-/// Appends zeroed pages until the relation has `wanted` of them.
-///
-/// The extension lock is held for the whole run, so that the pages of a tensor page follow each other in the file and
-/// two backends never interleave. It is a heavyweight lock: no content lock may be held by the caller.
-pub fn extend_to(rel: pg_sys::Relation, wanted: pg_sys::BlockNumber) {
-    if pages(rel) >= wanted {
-        return;
-    }
-    // SAFETY: `rel` is open and locked by the caller for writing; released on the normal path below, by abort otherwise.
-    unsafe {
-        pg_sys::LockRelationForExtension(rel, pg_sys::ExclusiveLock as pg_sys::LOCKMODE);
-        for _ in pages(rel)..wanted {
-            super::interrupt::check();
-            drop(Pinned::extend(rel));
-        }
-        pg_sys::UnlockRelationForExtension(rel, pg_sys::ExclusiveLock as pg_sys::LOCKMODE);
-    }
 }
 
 /// A heavyweight lock on one number of a relation's page-lock space, released when dropped.

@@ -4,6 +4,7 @@
 use super::buffer::{Exclusive, init_page, set_content_end};
 use super::relation;
 use pgrx::pg_sys;
+use std::cell::Cell;
 
 /// A generic WAL record under construction: up to four pages that change together or not at all.
 ///
@@ -57,5 +58,27 @@ pub fn write_new_page(rel: pg_sys::Relation, page: &mut Exclusive<'_>, end: usiz
             pg_sys::log_newpage_buffer(buffer, true);
         }
         pg_sys::CritSectionCount -= 1;
+    }
+}
+
+/// Bytes of WAL after which the WAL writer is told.
+const TOLD_EVERY: u64 = 1 << 20;
+
+thread_local! {
+    /// Where WAL ended when the WAL writer was told last.
+    static TOLD: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Lets the WAL writer write and flush what this backend has logged, as after an asynchronous commit, if that is much. Who logs
+/// much otherwise writes it himself, a page at a time, when the WAL buffers are full, and waits for all of it at commit.
+pub fn write_in_background() {
+    // SAFETY: reads and raises positions in shared memory, and sets a latch.
+    unsafe {
+        let end = pg_sys::GetXLogInsertRecPtr();
+        if end.saturating_sub(TOLD.get()) < TOLD_EVERY {
+            return;
+        }
+        TOLD.set(end);
+        pg_sys::XLogSetAsyncXactLSN(end);
     }
 }

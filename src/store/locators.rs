@@ -1,12 +1,13 @@
 //! Metapage, map pages and locators: reading and changing.
 
 use super::format::{
-    FormatError, LOCATORS, Locator, MAP_FANOUT, MAP_MAGIC, Meta, Path, State, check_leaf, check_map_header, map_entry,
-    set_map_entry, write_leaf_header, write_map_header,
+    EXTENT_PAGES, FormatError, HEAD_PAGES, LOCATORS, Locator, MAP_FANOUT, MAP_MAGIC, Meta, Path, State, check_leaf,
+    check_map_header, map_entry, set_map_entry, write_leaf_header, write_map_header,
 };
 use super::reserve::{Full, Reservation, place, plan};
 use super::{space, tree};
 use crate::pg::buffer::{BLCKSZ, Exclusive, Pinned, init_page, is_new};
+use crate::pg::extend::extend_to;
 use crate::pg::wal::GenericRecord;
 use crate::pg::{error, relation};
 use pgrx::pg_sys;
@@ -33,7 +34,7 @@ pub fn ensure_meta(rel: pg_sys::Relation, model: Option<&Meta>) -> Meta {
     if let Some(meta) = read_meta(rel) {
         return meta;
     }
-    relation::extend_to(rel, META_PAGE + 1);
+    extend_to(rel, META_PAGE + 1);
     let pin = Pinned::read(rel, META_PAGE);
     let mut page = pin.exclusive();
     if !is_new(page.bytes()) {
@@ -301,12 +302,21 @@ pub fn reserve(rel: pg_sys::Relation, what: Locator, given: Option<u32>) -> Rese
         if reservation.pages_needed > have {
             drop(page);
             drop(pin);
-            relation::extend_to(rel, reservation.pages_needed);
+            extend_to(rel, file_pages(reservation.pages_needed));
             have = relation::pages(rel);
             continue;
         }
         maps.extend((0..fresh).map(|i| reservation.meta.map_next + i));
         return apply(rel, &mut page, reservation, &path, &maps, fresh, what);
+    }
+}
+
+/// How many pages a file gets that needs `pages`: one that is not small is extended by whole tensor pages.
+fn file_pages(pages: u32) -> u32 {
+    const SMALL: u32 = HEAD_PAGES + 8 * EXTENT_PAGES;
+    match pages {
+        SMALL.. => (pages - HEAD_PAGES).next_multiple_of(EXTENT_PAGES).saturating_add(HEAD_PAGES).max(pages),
+        _ => pages,
     }
 }
 

@@ -1,7 +1,8 @@
 //! Payload bytes: runs of pages whose 8,168 bytes behind the header follow each other without gaps.
 
 use crate::pg::buffer::{PAGE_BYTES, PAGE_HEADER, Pinned, content_end, is_new, set_content_end};
-use crate::pg::wal::{GenericRecord, write_new_page};
+use crate::pg::relation::needs_wal;
+use crate::pg::wal::{self, GenericRecord, write_new_page};
 use crate::pg::{error, interrupt};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
@@ -35,9 +36,15 @@ pub fn write(rel: pg_sys::Relation, page: u32, offset: u32, bytes: &[u8]) {
             interrupt::check();
         }
         let (from, to) = (PAGE_HEADER + at, PAGE_HEADER + at + range.len());
+        if range.len() == PAGE_BYTES {
+            Pinned::overwrite(rel, page, |locked| {
+                write_new_page(rel, locked, to, |p| p[from..to].copy_from_slice(&bytes[range]))
+            });
+            continue;
+        }
         let pin = Pinned::read(rel, page);
         let mut locked = pin.exclusive();
-        if is_new(locked.bytes()) || range.len() == PAGE_BYTES {
+        if is_new(locked.bytes()) {
             write_new_page(rel, &mut locked, to, |p| p[from..to].copy_from_slice(&bytes[range]));
         } else {
             let record = GenericRecord::start(rel);
@@ -48,6 +55,9 @@ pub fn write(rel: pg_sys::Relation, page: u32, offset: u32, bytes: &[u8]) {
             copy[from..to].copy_from_slice(&bytes[range]);
             record.finish();
         }
+    }
+    if needs_wal(rel) {
+        wal::write_in_background();
     }
 }
 

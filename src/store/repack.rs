@@ -11,6 +11,7 @@ use super::format::{
 use super::reserve::{place, take_extents};
 use super::{fault, locators, payload, space};
 use crate::pg::buffer::PAGE_BYTES;
+use crate::pg::extend::extend_to;
 use crate::pg::{error, interrupt, relation};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
@@ -160,7 +161,7 @@ fn move_all(rel: pg_sys::Relation, ids: &[(u32, u32)], mut target: Target, moved
         });
         let page = (position / PAGE_BYTES as u64) as u32;
         let offset = (position % PAGE_BYTES as u64) as u32;
-        relation::extend_to(rel, ((position + u64::from(len) - 1) / PAGE_BYTES as u64) as u32 + 1);
+        extend_to(rel, ((position + u64::from(len) - 1) / PAGE_BYTES as u64) as u32 + 1);
         bytes.resize(len as usize, 0);
         payload::read(rel, old.page, u64::from(old.offset), &mut bytes);
         payload::write(rel, page, offset, &bytes);

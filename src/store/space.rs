@@ -13,6 +13,7 @@ use super::locators::{self, META_PAGE, check, meta_of};
 use super::reserve::{place, set_maps_aside};
 use super::tree;
 use crate::pg::buffer::{Exclusive, PAGE_BYTES, Pinned, init_page};
+use crate::pg::extend::extend_to;
 use crate::pg::wal::GenericRecord;
 use crate::pg::{interrupt, relation};
 use pgrx::pg_sys;
@@ -247,7 +248,7 @@ fn take_map_page(rel: pg_sys::Relation, may_extend: bool) -> Option<u32> {
             }
             drop(page);
             drop(pin);
-            relation::extend_to(rel, number + 1);
+            extend_to(rel, number + 1);
             have = relation::pages(rel);
             continue;
         }
