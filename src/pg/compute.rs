@@ -1,4 +1,4 @@
-//! The compute thread of this backend, which knows no PostgreSQL.
+//! The compute thread of this backend, and others for a while: they know no PostgreSQL.
 
 use super::{error, memory};
 
@@ -12,7 +12,13 @@ pub fn start() {
     }
 }
 
-/// Both threads get their memory from one arena, before there are two: the C library gives only the main one back to the
+/// Runs `work`, which knows no PostgreSQL, on a thread of its own, with every signal blocked. False if there is none to be had.
+pub fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> bool {
+    share_arena();
+    with_signals_blocked(|| std::thread::Builder::new().name(name.into()).spawn(work)).is_ok()
+}
+
+/// All threads get their memory from one arena, before there are several: the C library gives only the main one back to the
 /// operating system whole, and the threads work in turns.
 fn share_arena() {
     #[cfg(target_env = "gnu")]

@@ -1,5 +1,6 @@
 //! A set that is being made: members are cut, hashed, packed and noted, one by one.
 
+use super::hashing::{Batch, Hashing};
 use crate::catalog::sets::{NewSet, SetWriter, Storage, check_member, set_blocks};
 use crate::pg::progress::{self, Field};
 use crate::pg::{error, interrupt};
@@ -10,7 +11,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::convert::Infallible;
 use std::rc::Rc;
 use tensor_blocks::Block;
-use tensor_blocks::members::{Packer, Place, Recipe, block_capacity, segment_hash};
+use tensor_blocks::members::{Packer, Place, Recipe, block_capacity};
 use tensor_blocks::packing::TENSOR_PAGE_BYTES;
 
 /// A set that is being made.
@@ -20,8 +21,9 @@ pub struct Making {
     parent: Option<Rc<OpenSet>>,
     packer: Packer,
     writer: RefCell<SetWriter>,
+    /// Those that were added, also if they have no place yet.
     members: BTreeMap<String, (Vec<Place>, Option<Recipe>)>,
-    run: Vec<u8>,
+    hashing: Hashing,
 }
 
 /// What a set is made of.
@@ -59,15 +61,8 @@ impl Making {
                 packer.know(hash, place)
             });
         }
-        Making {
-            shared,
-            storage,
-            parent,
-            packer,
-            writer: RefCell::new(writer),
-            members: BTreeMap::new(),
-            run: Vec::new(),
-        }
+        let hashing = Hashing::new(shared.segments.starts());
+        Making { shared, storage, parent, packer, writer: RefCell::new(writer), members: BTreeMap::new(), hashing }
     }
 
     /// Whether a member of this name was added.
@@ -90,16 +85,15 @@ impl Making {
     /// Adds a member; `tensor` gives the bytes of one by ordinal, as many as the architecture says.
     pub fn add<'t>(&mut self, name: &str, tensor: impl Fn(usize) -> &'t [u8]) {
         self.check_new(name);
+        self.members.insert(name.to_owned(), (Vec::new(), None));
         let segments = &self.shared.segments;
-        segments.gather(tensor, &mut self.run);
-        let starts = segments.starts();
-        let parts: Vec<_> = starts
-            .windows(2)
-            .map(|ends| {
-                let bytes = &self.run[ends[0]..ends[1]];
-                (segment_hash(bytes), bytes)
-            })
-            .collect();
+        if let Some(batch) = self.hashing.add(name, |run| segments.gather(tensor, run)) {
+            self.place(batch);
+        }
+    }
+
+    /// Gives the members of a batch their places, and stores the blocks that are full.
+    fn place(&mut self, mut batch: Batch) {
         let writer = &self.writer;
         let mut number = || Ok::<u32, Infallible>(writer.borrow_mut().next_number());
         let mut full = |block| {
@@ -107,8 +101,12 @@ impl Making {
             progress::add(Field::Blocks, 1);
             Ok(())
         };
-        let Ok(places) = self.packer.place(&parts, &mut number, &mut full);
-        self.members.insert(name.to_owned(), (places, None));
+        let (packer, members) = (&mut self.packer, &mut self.members);
+        batch.drain(self.hashing.starts(), |name, parts| {
+            let Ok(places) = packer.place(parts, &mut number, &mut full);
+            members.insert(name, (places, None));
+        });
+        self.hashing.reuse(batch);
     }
 
     /// Adds a member of the parent by how it is trained.
@@ -119,6 +117,9 @@ impl Making {
 
     /// Takes over the parent's members that were not added, and stores the map. Returns the number of members.
     pub fn finish(mut self) -> i64 {
+        for batch in self.hashing.rest() {
+            self.place(batch);
+        }
         let writer = &self.writer;
         let Ok(()) = self.packer.finish::<Infallible>(&mut |block| {
             writer.borrow_mut().block(block);

@@ -6,6 +6,7 @@
 //! - [`recommend`]: what each way of keeping a set costs.
 
 mod fit;
+mod hashing;
 mod members;
 mod placeholder;
 mod recommend;

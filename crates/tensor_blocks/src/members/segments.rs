@@ -103,19 +103,19 @@ impl Segments {
         &self.pieces[self.of_tensor[tensor].clone()]
     }
 
-    /// The tensors' bytes as one run of all segments, in order. `out` is cleared first.
+    /// Appends the tensors' bytes to `out` as one run of all segments, in order.
     ///
     /// # Panics
     /// If a tensor has not the bytes that it was announced with.
     pub fn gather<'a>(&self, tensor: impl Fn(usize) -> &'a [u8], out: &mut Vec<u8>) {
-        out.clear();
-        out.resize(self.bytes(), 0);
+        let first = out.len();
+        out.resize(first + self.bytes(), 0);
         let starts = self.starts();
         for number in 0..self.tensors() {
             let (bytes, pieces) = (tensor(number), self.pieces(number));
             assert_eq!(bytes.len(), pieces.iter().map(|piece| piece.bytes).sum::<usize>(), "bytes of tensor {number}");
             for piece in pieces {
-                let to = starts[piece.segment] + piece.at;
+                let to = first + starts[piece.segment] + piece.at;
                 out[to..to + piece.bytes].copy_from_slice(&bytes[piece.from..piece.from + piece.bytes]);
             }
         }
