@@ -311,9 +311,10 @@ pub fn reserve(rel: pg_sys::Relation, what: Locator, given: Option<u32>) -> Rese
     }
 }
 
-/// How many pages a file gets that needs `pages`: one that is not small is extended by whole tensor pages.
+/// How many pages a file gets that needs `pages`: one that is not small is extended by whole tensor pages, which is then less
+/// than a sixty-fourth of it.
 fn file_pages(pages: u32) -> u32 {
-    const SMALL: u32 = HEAD_PAGES + 8 * EXTENT_PAGES;
+    const SMALL: u32 = HEAD_PAGES + 64 * EXTENT_PAGES;
     match pages {
         SMALL.. => (pages - HEAD_PAGES).next_multiple_of(EXTENT_PAGES).saturating_add(HEAD_PAGES).max(pages),
         _ => pages,
