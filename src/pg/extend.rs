@@ -73,19 +73,20 @@ mod allocate {
     /// Appends up to `count` pages by allocating space for them, all in one segment file. `None` if that is not to be done, or
     /// did not succeed: page by page it does, or fails with PostgreSQL's own words.
     ///
-    /// As these pages are not registered for the next checkpoint's fsync, an operating system's crash can take them back; those
-    /// that were filled by then come again from WAL, and each was registered when it was written.
+    /// An operating system's crash before the next checkpoint can take these pages back; those that were filled by then come again
+    /// from WAL.
     pub fn pages(
         rel: pg_sys::Relation,
         have: pg_sys::BlockNumber,
         count: pg_sys::BlockNumber,
     ) -> Option<pg_sys::BlockNumber> {
         let in_segment = have % pg_sys::RELSEG_SIZE;
-        let count = count.min(pg_sys::RELSEG_SIZE - in_segment);
+        // The last page is left: PostgreSQL appends it, and registers the segment for the next checkpoint's fsync.
+        let count = count.min(pg_sys::RELSEG_SIZE - in_segment).saturating_sub(1);
         // SAFETY: `rel` is open.
         let temporary = unsafe { (*(*rel).rd_rel).relpersistence } == pg_sys::RELPERSISTENCE_TEMP as std::ffi::c_char;
         // The first page of a segment makes its file.
-        if temporary || count <= WRITTEN || in_segment == 0 {
+        if temporary || count < WRITTEN || in_segment == 0 {
             return None;
         }
         let file = segment_file(rel, have / pg_sys::RELSEG_SIZE)?;

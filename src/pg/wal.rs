@@ -72,9 +72,10 @@ thread_local! {
 /// Lets the WAL writer write and flush what this backend has logged, as after an asynchronous commit, if that is much. Who logs
 /// much otherwise writes it himself, a page at a time, when the WAL buffers are full, and waits for all of it at commit.
 pub fn write_in_background() {
-    // SAFETY: reads and raises positions in shared memory, and sets a latch.
+    // SAFETY: reads this backend's own position, raises one in shared memory, and sets a latch.
     unsafe {
-        let end = pg_sys::GetXLogInsertRecPtr();
+        // The end of this backend's last record, as at a commit. Where the next one will begin can lie behind all that there is.
+        let end = pg_sys::XactLastRecEnd;
         if end.saturating_sub(TOLD.get()) < TOLD_EVERY {
             return;
         }

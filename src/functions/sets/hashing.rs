@@ -83,10 +83,11 @@ impl Hashing {
         if self.open.bytes.len() < BATCH_BYTES {
             return None;
         }
-        let full = std::mem::replace(&mut self.open, std::mem::take(&mut self.spare));
         if self.member_bytes() > BATCH_BYTES / 4 {
+            let full = std::mem::take(&mut self.open);
             return Some(self.here(full));
         }
+        let full = std::mem::replace(&mut self.open, std::mem::take(&mut self.spare));
         let before = self.collect();
         if self.thread.is_none() {
             self.thread = start(self.starts.clone());
@@ -114,7 +115,9 @@ impl Hashing {
 
     /// Takes back a batch that was placed.
     pub fn reuse(&mut self, batch: Batch) {
-        self.spare = batch;
+        let unused = self.open.names.is_empty() && self.open.bytes.capacity() == 0;
+        let place = if unused { &mut self.open } else { &mut self.spare };
+        *place = batch;
     }
 
     /// The last members, in one batch or two. Others can be added afterwards.
