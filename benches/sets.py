@@ -96,6 +96,12 @@ def vacuum(conn) -> None:
         conn.execute(f"VACUUM {table}")
 
 
+def settle(conn) -> None:
+    """Has all that was written before on the disk, so that nobody pays for the one before."""
+    conn.execute("CHECKPOINT")
+    os.sync()
+
+
 def size(conn) -> int:
     """Bytes on disk of all tables of the extension, with their indexes and block stores."""
     vacuum(conn)
@@ -148,23 +154,23 @@ def baseline(cluster: Cluster, chosen) -> list[str]:
                 fleet_models.copy_members(conn, "cells", fleet_models.members(architecture, parameters))
                 conn.execute("VACUUM (ANALYZE) cells")
                 before = size(conn)
-                conn.execute("CHECKPOINT")
+                settle(conn)
                 count = times.run("save", lambda: value(conn, "SELECT save_model_set('battery', 'SELECT name, onnx FROM cells')"))
                 assert count == chosen.members
                 stored = {"disk": size(conn) - before, "said": value(conn, "SELECT bytes_added FROM tessera.model_sets WHERE name = 'battery'")}
-                conn.execute("CHECKPOINT")
+                settle(conn)
                 by_torch = with_torch(folder, parameters, architecture)
                 for name in ("save", "save_fsync", "load"):
                     times.add(f"torch {name}", by_torch[name])
                 total = times.run("recover", lambda: value(conn, f"SELECT sum(length((r).model)) FROM {rows_of('battery')}"))
                 assert total == sum(len(file) for _name, file in fleet_models.members(architecture, parameters))
                 started = time.perf_counter()
-                with conn.cursor(binary=True) as cursor:
-                    rows = cursor.execute(f"SELECT (r).name, (r).model FROM {rows_of('battery')}").fetchall()
+                with conn.cursor() as cursor:  # row by row: what is read in one piece is sent first, and then parsed
+                    rows = list(cursor.stream(f"SELECT (r).name, (r).model FROM {rows_of('battery')}", binary=True))
                 times.add("recover to a client", time.perf_counter() - started)
                 del rows
                 assert_bits(recovered(conn, architecture, "battery", parameters), parameters, "the set")
-                conn.execute("CHECKPOINT")
+                settle(conn)
                 started = time.perf_counter()
                 for name in fleet_models.names(sample):
                     conn.execute("SELECT load_model('one_' || name, onnx) FROM cells WHERE name = %s", (name,))
@@ -178,7 +184,7 @@ def baseline(cluster: Cluster, chosen) -> list[str]:
         shutil.rmtree(folder, ignore_errors=True)
     file, scaled = by_torch["by"], f"a transaction a model; {sample} models, scaled"
     lines = ["### Model sets: the whole set", "", f"{head} {chosen.members:,} members of {architecture.parameters:,} parameters, {floats / 1e6:.2f} MB of floats; "
-             f"{chosen.rounds} rounds, interleaved, a CHECKPOINT before each.", "",
+             f"{chosen.rounds} rounds, interleaved, a CHECKPOINT and a sync before each.", "",
              "| way | save, s | least - greatest | recover, s | least - greatest | MB stored |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
     ways = [("`save_model_set`, `recover_model_set` in the server", "save", "recover", stored["disk"]),
             ("the same, recovered to a client", "save", "recover to a client", stored["disk"]),

@@ -467,3 +467,10 @@ def test_damaged_tables_are_errors(fresh, what, damage):
                 outcomes.append(error.sqlstate)
         # Taking over a map, and listing names, need not look at blocks.
         assert outcomes[:4] == ["XX001"] * 4 and set(outcomes[4:]) <= {"00000", "XX001"}, outcomes
+
+
+def test_a_member_of_a_set_that_is_not_there(fresh):
+    with fresh.connect() as conn:
+        error = fails(conn, "SELECT predict('nothing/0001', ARRAY[1, 2, 3, 4]::real[])", sqlstate="42704")
+        assert "tessera.model_sets" in error.diag.message_hint
+        assert "load_model" in fails(conn, "SELECT predict('nothing', ARRAY[1]::real[])", sqlstate="42704").diag.message_hint

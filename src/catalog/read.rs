@@ -152,12 +152,12 @@ pub fn signature_of_content(content_hash: &[u8; 32]) -> Option<serde_json::Value
 }
 
 pub(super) fn no_such_model(name: &str) -> ! {
-    error::raise(
-        PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT,
-        format!("model \"{name}\" does not exist"),
-        "",
-        "See tessera.models for the models that there are, or load one with load_model.",
-    )
+    let hint = if name.contains('/') {
+        "See tessera.models for the models that there are, and tessera.model_sets for the sets whose members are named SET/MEMBER."
+    } else {
+        "See tessera.models for the models that there are, or load one with load_model."
+    };
+    error::raise(PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT, format!("model \"{name}\" does not exist"), "", hint)
 }
 
 pub(super) fn may_use(domain: pg_sys::Oid) -> bool {

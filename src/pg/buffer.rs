@@ -169,8 +169,14 @@ pub fn is_new(page: &[u8]) -> bool {
 /// Writes a valid header for a page without a hole, so that generic WAL, `CREATE DATABASE` by WAL and the masks of
 /// `wal_consistency_checking` keep every byte: `pd_lower = pd_upper = pd_special = BLCKSZ`.
 pub fn init_page(page: &mut [u8]) {
+    page[PAGE_HEADER..].fill(0);
+    init_header(page);
+}
+
+/// As [`init_page`], for a page whose bytes behind the header are written next.
+pub fn init_header(page: &mut [u8]) {
     assert_eq!(page.len(), BLCKSZ);
-    page.fill(0);
+    page[..PAGE_HEADER].fill(0);
     let end = (BLCKSZ as u16).to_ne_bytes();
     for at in [
         std::mem::offset_of!(pg_sys::PageHeaderData, pd_lower),

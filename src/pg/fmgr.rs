@@ -156,6 +156,22 @@ pub fn varlena_datum(parts: &[&[u8]]) -> pg_sys::Datum {
     }
 }
 
+/// A varlena of the bytes, which it takes as they are: the first [`VARHDRSZ`](super::varlena::VARHDRSZ) become its header. It is read
+/// where they lie, for as long as they do.
+pub fn varlena_in_place(bytes: &mut [u8]) -> pg_sys::Datum {
+    assert!((super::varlena::VARHDRSZ..=MAX_ALLOC).contains(&bytes.len()));
+    // PostgreSQL reads the header as a word.
+    if !bytes.as_ptr().cast::<u32>().is_aligned() {
+        return varlena_datum(&[&bytes[super::varlena::VARHDRSZ..]]);
+    }
+    // SAFETY: aligned, with room for the header.
+    unsafe {
+        let datum = bytes.as_mut_ptr().cast::<pg_sys::varlena>();
+        pgrx::set_varsize_4b(datum, bytes.len() as i32);
+        pg_sys::Datum::from(datum)
+    }
+}
+
 /// A copy of these bytes, which are a whole value with its header, in the current memory context.
 pub fn raw_datum(bytes: &[u8]) -> pg_sys::Datum {
     // SAFETY: palloc raises an ERROR rather than return null; the copy fits.

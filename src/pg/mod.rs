@@ -15,6 +15,7 @@ pub mod extend;
 pub mod fmgr;
 pub mod function;
 pub mod identity;
+pub mod insert;
 pub mod interrupt;
 pub mod large_object;
 pub mod memory;

@@ -91,10 +91,10 @@ impl Drop for PageLock {
     }
 }
 
-/// Counts one insertion into `rel` in the statistics, from which autovacuum judges.
-pub fn count_insertion(rel: pg_sys::Relation) {
+/// Counts `n` insertions into `rel` in the statistics, from which autovacuum judges.
+pub fn count_insertions(rel: pg_sys::Relation, n: usize) {
     // SAFETY: open relation, in a transaction.
-    unsafe { pg_sys::pgstat_count_heap_insert(rel, 1) }
+    unsafe { pg_sys::pgstat_count_heap_insert(rel, n as _) }
 }
 
 /// Counts `n` deletions.

@@ -71,10 +71,8 @@ impl ToastIndexes {
         }
     }
 
-    /// Enters `(chunk_id, chunk_seq) -> tid` into every index that is ready for insertions.
-    pub fn insert(&self, chunk_id: u32, chunk_seq: u32, mut tid: pg_sys::ItemPointerData) {
-        let mut values = [pg_sys::Datum::from(chunk_id), pg_sys::Datum::from(chunk_seq as i32)];
-        let mut nulls = [false; 2];
+    /// Enters each `(chunk_id, chunk_seq) -> tid` into every index that is ready for insertions.
+    pub fn insert(&self, entries: impl Iterator<Item = (u32, u32, pg_sys::ItemPointerData)> + Clone) {
         for index in &self.indexes {
             // SAFETY: index and store are open and locked RowExclusive. No uniqueness check: block ids are never
             // reused, so keys are unique by construction, and a check would visit heap rows that do not exist.
@@ -83,16 +81,20 @@ impl ToastIndexes {
                     continue;
                 }
                 let info = pg_sys::BuildIndexInfo(index.raw());
-                pg_sys::index_insert(
-                    index.raw(),
-                    values.as_mut_ptr(),
-                    nulls.as_mut_ptr(),
-                    &mut tid,
-                    self.store,
-                    pg_sys::IndexUniqueCheck::UNIQUE_CHECK_NO,
-                    false,
-                    info,
-                );
+                for (chunk_id, chunk_seq, mut tid) in entries.clone() {
+                    let mut values = [pg_sys::Datum::from(chunk_id), pg_sys::Datum::from(chunk_seq as i32)];
+                    let mut nulls = [false; 2];
+                    pg_sys::index_insert(
+                        index.raw(),
+                        values.as_mut_ptr(),
+                        nulls.as_mut_ptr(),
+                        &mut tid,
+                        self.store,
+                        pg_sys::IndexUniqueCheck::UNIQUE_CHECK_NO,
+                        false,
+                        info,
+                    );
+                }
                 pg_sys::pfree(info.cast());
             }
         }

@@ -1,10 +1,11 @@
 //! Changes to pages, logged. Two ways, as in DESIGN "WAL": small changes by generic WAL, freshly filled pages as full
 //! images by the core's own record, so that replay needs no code of this extension.
 
-use super::buffer::{Exclusive, init_page, set_content_end};
+use super::buffer::{BLCKSZ, Exclusive, PAGE_HEADER, init_header, init_page, set_content_end};
 use super::relation;
 use pgrx::pg_sys;
 use std::cell::Cell;
+use std::ops::Range;
 
 /// A generic WAL record under construction: up to four pages that change together or not at all.
 ///
@@ -40,9 +41,15 @@ impl GenericRecord {
     }
 }
 
-/// Fills the bytes `24 .. end` of a new page by `fill`, and logs it as a full image (`log_newpage_buffer`) where the
-/// relation needs WAL. What is behind `end` stays zero and is left out of the image, as the page's hole.
-pub fn write_new_page(rel: pg_sys::Relation, page: &mut Exclusive<'_>, end: usize, fill: impl FnOnce(&mut [u8])) {
+/// Fills the bytes `range` of a new page, which lie behind its header, by `fill`, which gets them, whatever is in them, and writes
+/// all; and logs it as a full image (`log_newpage_buffer`) where the relation needs WAL. What is before the range is zero; what is
+/// behind it as well, and is left out of the image, as the page's hole.
+pub fn write_new_page(
+    rel: pg_sys::Relation,
+    page: &mut Exclusive<'_>,
+    range: Range<usize>,
+    fill: impl FnOnce(&mut [u8]),
+) {
     let logged = relation::needs_wal(rel);
     let buffer = page.raw();
     // SAFETY: a critical section as START_CRIT_SECTION makes it: no ERROR may leave it, and nothing between the two
@@ -50,9 +57,13 @@ pub fn write_new_page(rel: pg_sys::Relation, page: &mut Exclusive<'_>, end: usiz
     unsafe {
         pg_sys::CritSectionCount += 1;
         let bytes = page.bytes_mut();
-        init_page(bytes);
-        set_content_end(bytes, end);
-        fill(bytes);
+        if range == (PAGE_HEADER..BLCKSZ) {
+            init_header(bytes);
+        } else {
+            init_page(bytes);
+        }
+        set_content_end(bytes, range.end);
+        fill(&mut bytes[range]);
         pg_sys::MarkBufferDirty(buffer);
         if logged {
             pg_sys::log_newpage_buffer(buffer, true);

@@ -4,7 +4,7 @@ use super::format::{
     EXTENT_PAGES, FormatError, HEAD_PAGES, LOCATORS, Locator, MAP_FANOUT, MAP_MAGIC, Meta, Path, State, check_leaf,
     check_map_header, map_entry, set_map_entry, write_leaf_header, write_map_header,
 };
-use super::reserve::{Full, Reservation, place, plan};
+use super::reserve::{Full, Reservation, place, plan, plan_neighbours};
 use super::{space, tree};
 use crate::pg::buffer::{BLCKSZ, Exclusive, Pinned, init_page, is_new};
 use crate::pg::extend::extend_to;
@@ -160,8 +160,20 @@ impl Finder {
 /// Changes the locator of a block under its page's exclusive lock: `f` returns the new one, or `None` to leave it. Returns
 /// what the locator is afterwards; `None` if the store has no page for it.
 pub fn edit(rel: pg_sys::Relation, block_id: u32, f: impl FnOnce(Locator) -> Option<Locator>) -> Option<Locator> {
+    let mut f = Some(f);
+    edit_run(rel, block_id, 1, |_, locator| f.take().and_then(|f| f(locator)))?.pop()
+}
+
+/// As [`edit`], of `count` neighbouring blocks whose locators are on one page, in one record. `f` also gets which it is, from 0.
+pub fn edit_run(
+    rel: pg_sys::Relation,
+    block_id: u32,
+    count: usize,
+    mut f: impl FnMut(usize, Locator) -> Option<Locator>,
+) -> Option<Vec<Locator>> {
     let meta = read_meta(rel)?;
     let path = Path::of(block_id);
+    debug_assert!(path.slot as usize + count <= LOCATORS as usize);
     let leaf = leaf_page(rel, &meta, &path)?;
     let pin = Pinned::read(rel, leaf);
     let mut page = pin.exclusive();
@@ -170,11 +182,13 @@ pub fn edit(rel: pg_sys::Relation, block_id: u32, f: impl FnOnce(Locator) -> Opt
         still_there(rel, leaf, path.leaf, Err(e));
         return None;
     }
-    let old = Locator::read(page.bytes(), path.slot);
-    let Some(new) = f(old) else { return Some(old) };
+    let slots = path.slot..path.slot + count as u32;
+    let old: Vec<Locator> = slots.clone().map(|slot| Locator::read(page.bytes(), slot)).collect();
+    let new: Vec<Locator> = old.iter().enumerate().map(|(i, old)| f(i, *old).unwrap_or(*old)).collect();
     if new != old {
         let record = GenericRecord::start(rel);
-        new.write(record.page(&mut page, false), path.slot);
+        let copy = record.page(&mut page, false);
+        new.iter().zip(slots).for_each(|(locator, slot)| locator.write(copy, slot));
         record.finish();
     }
     Some(new)
@@ -278,11 +292,13 @@ pub(super) fn entries(rel: pg_sys::Relation, page_number: u32, level: u16) -> Ve
 }
 
 /// Reserves a block id (the next one, or `given`), space for the payload and the id's place among the locators, and writes
-/// the locator, as reserved, in the same record: what is taken is always seen there.
+/// the locator, as reserved, in the same record: what is taken is always seen there. So it does for the first of `what`, which
+/// gives hash and lengths, and for as many of the others as get the ids, the space and the locators next to it. They are
+/// returned, at least one, in the order of `what`.
 ///
-/// The file is extended before the metapage is changed, and never under its lock. `what` gives hash and lengths.
-pub fn reserve(rel: pg_sys::Relation, what: Locator, given: Option<u32>) -> Reservation {
-    let len = what.stored_len();
+/// The file is extended before the metapage is changed, and never under its lock.
+pub fn reserve(rel: pg_sys::Relation, what: &[Locator], given: Option<u32>) -> Vec<Reservation> {
+    let len = what[0].stored_len();
     let mut have = relation::pages(rel);
     loop {
         let pin = Pinned::read(rel, META_PAGE);
@@ -295,19 +311,24 @@ pub fn reserve(rel: pg_sys::Relation, what: Locator, given: Option<u32>) -> Rese
         let new_maps = missing_maps(rel, &meta, &path) as usize;
         let mut maps = tree::take_free_pages(rel, &mut meta, new_maps);
         let fresh = (new_maps - maps.len()) as u32;
-        let reservation = match plan(&meta, len, fresh, given) {
-            Ok(reservation) => reservation,
+        let mut run = match plan(&meta, len, fresh, given) {
+            Ok(reservation) => vec![reservation],
             Err(full) => full_store(full),
         };
-        if reservation.pages_needed > have {
+        if given.is_none() {
+            plan_neighbours(&mut run, &what[1..]);
+        }
+        let needed = run.iter().map(|reservation| reservation.pages_needed).max().unwrap_or(0);
+        if needed > have {
             drop(page);
             drop(pin);
-            extend_to(rel, file_pages(reservation.pages_needed));
+            extend_to(rel, file_pages(needed));
             have = relation::pages(rel);
             continue;
         }
-        maps.extend((0..fresh).map(|i| reservation.meta.map_next + i));
-        return apply(rel, &mut page, reservation, &path, &maps, fresh, what);
+        maps.extend((0..fresh).map(|i| run[0].meta.map_next + i));
+        apply(rel, &mut page, &run, &path, &maps, fresh, what);
+        return run;
     }
 }
 
@@ -316,33 +337,37 @@ pub fn reserve(rel: pg_sys::Relation, what: Locator, given: Option<u32>) -> Rese
 fn file_pages(pages: u32) -> u32 {
     const SMALL: u32 = HEAD_PAGES + 64 * EXTENT_PAGES;
     match pages {
-        SMALL.. => (pages - HEAD_PAGES).next_multiple_of(EXTENT_PAGES).saturating_add(HEAD_PAGES).max(pages),
+        SMALL.. => (pages - HEAD_PAGES).next_multiple_of(EXTENT_PAGES).saturating_add(HEAD_PAGES),
         _ => pages,
     }
 }
 
-/// Writes the metapage of a reservation, the locator, and the map and locator pages `numbers` that it needs, the last of
-/// which are `fresh`, in one record: of four pages at most, which is what a generic record can hold.
+/// Writes the metapage of the reservations of a run, their locators, which are on one page, and the map and locator pages `numbers`
+/// that it needs, the last of which are `fresh`, in one record: of four pages at most, which is what a generic record can hold.
 fn apply(
     rel: pg_sys::Relation,
     meta_page: &mut Exclusive<'_>,
-    mut reservation: Reservation,
+    run: &[Reservation],
     path: &Path,
     numbers: &[u32],
     fresh: u32,
-    what: Locator,
-) -> Reservation {
-    let mut locator =
-        Locator { page: reservation.page, offset: reservation.offset, version: 1, condemn_xid: 0, ..what };
-    locator.set_state(State::Reserved);
-    let meta = &mut reservation.meta;
+    what: &[Locator],
+) {
+    let write_locators = |page: &mut [u8]| {
+        for (slot, (at, what)) in (path.slot..).zip(run.iter().zip(what)) {
+            let mut locator = Locator { page: at.page, offset: at.offset, version: 1, condemn_xid: 0, ..*what };
+            locator.set_state(State::Reserved);
+            locator.write(page, slot);
+        }
+    };
+    let mut meta = run[run.len() - 1].meta;
     meta.map_next += fresh;
     // From the top down: what is new is the lower end of the path.
     let new_maps = numbers.len();
     // The lowest page of the path that exists already takes the entry for the first new one, or the locator itself.
     let existing_number = match new_maps {
-        0 => leaf_page(rel, meta, path),
-        1 => Some(existing_lower(rel, meta, path)),
+        0 => leaf_page(rel, &meta, path),
+        1 => Some(existing_lower(rel, &meta, path)),
         2 => Some(meta.roots[path.root as usize]),
         _ => None,
     };
@@ -365,7 +390,7 @@ fn apply(
     if let Some(existing) = &mut existing {
         let copy = record.page(existing, false);
         match new_maps {
-            0 => locator.write(copy, path.slot),
+            0 => write_locators(copy),
             1 => set_map_entry(copy, path.lower, numbers[0]),
             _ => set_map_entry(copy, path.upper, numbers[0]),
         }
@@ -376,7 +401,7 @@ fn apply(
         init_page(copy);
         if level == LEAF {
             write_leaf_header(copy, path.leaf);
-            locator.write(copy, path.slot);
+            write_locators(copy);
         } else {
             write_map_header(copy, MAP_MAGIC, level);
             set_map_entry(copy, if level == LOWER { path.lower } else { path.upper }, numbers[i + 1]);
@@ -384,7 +409,6 @@ fn apply(
     }
     meta.write(record.page(meta_page, false));
     record.finish();
-    reservation
 }
 
 /// How many pages of the path do not exist yet: 0 to 3.

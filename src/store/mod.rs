@@ -8,7 +8,7 @@
 //! are never reused; (3) what no locator, tree page or gap page takes is free; (4) what a crash or an ERROR between two
 //! steps leaves behind is a reserved block, which the sweep removes, never a wrong answer.
 //!
-//! Lock order: hash lock (heavyweight, one at a time) -> extension lock -> nothing; hash lock -> metapage -> gap page, or
+//! Lock order: hash locks (heavyweight, ascending by number) -> extension lock -> nothing; hash locks -> metapage -> gap page, or
 //! metapage -> upper map page -> lower map page -> locator page (or free page), by content locks. Payload pages are locked alone. No
 //! heavyweight lock is waited for under a content lock.
 
@@ -37,7 +37,9 @@ use format::{Locator, State};
 pub use marks::Marks;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
+use reserve::Reservation;
 use std::borrow::Cow;
+use std::collections::{HashMap, HashSet};
 use tensor_blocks::encoding::Encoding;
 pub use uses::Uses;
 
@@ -60,6 +62,38 @@ pub struct Payload<'a> {
     pub method: u32,
     /// The small form that the bytes are.
     pub encoding: Encoding,
+}
+
+/// Hashes that are locked at a time by one that stores blocks.
+const GROUP: usize = 32;
+
+/// A block that is to be stored.
+struct New<'a> {
+    hash: Hash,
+    raw_len: u32,
+    chunk_id: u32,
+    payload: Payload<'a>,
+}
+
+impl New<'_> {
+    /// Its locator, but for its place.
+    fn locator(&self) -> Locator {
+        let ext_info = self.payload.stored.len() as u32 | self.payload.method << 30;
+        let encoding = self.payload.encoding.code();
+        Locator { hash: self.hash, ext_info, raw_len: self.raw_len, encoding, ..Locator::NONE }
+    }
+}
+
+/// The locator of a block that may be referenced from now on: live, not condemned. None if it is being removed, or is another's.
+fn kept(mut locator: Locator, hash: &Hash, reserved_too: bool) -> Option<Locator> {
+    let there = match locator.state() {
+        Some(State::Live) => true,
+        Some(State::Reserved) => reserved_too,
+        _ => false,
+    };
+    locator.set_state(State::Live);
+    locator.condemn_xid = 0;
+    (there && locator.hash == *hash).then_some(locator)
 }
 
 /// A block store that is open for writing.
@@ -89,42 +123,77 @@ impl Store {
         Store { rel, indexes, key }
     }
 
-    /// The block with this content, stored now if it is new. `make` gives the payload and is called only then.
+    /// The blocks with these contents, given as hash and bytes; those that are new are stored now. `make` gives the payload of one
+    /// by its place in `contents` and is called only then.
     ///
     /// Concurrent callers with equal content wait for each other by a heavyweight lock on the hash, so that content is
     /// stored once; the lock ends with this call, since blocks belong to no transaction: an aborted one leaves a block
     /// that the next insertion of that content finds.
-    pub fn put<'a>(&self, hash: &Hash, raw_len: u32, make: impl FnOnce() -> Payload<'a>) -> StandIn {
-        let chunk_id = directory::chunk_id(&self.key, hash);
-        if let Some(found) = self.find(chunk_id, hash, raw_len, false) {
-            return found;
+    pub fn put_all<'a>(&self, contents: &[(Hash, u32)], mut make: impl FnMut(usize) -> Payload<'a>) -> Vec<StandIn> {
+        let mut found: HashMap<(Hash, u32), StandIn> = HashMap::with_capacity(contents.len());
+        let mut missing: Vec<(usize, u32)> = Vec::new();
+        let mut seen = HashSet::with_capacity(contents.len());
+        for (i, content) in contents.iter().enumerate().filter(|(_, content)| seen.insert(**content)) {
+            let chunk_id = directory::chunk_id(&self.key, &content.0);
+            match self.find(chunk_id, &content.0, content.1, false) {
+                Some(there) => drop(found.insert(*content, there)),
+                None => missing.push((i, chunk_id)),
+            }
         }
-        let _lock = PageLock::exclusive(self.rel.raw(), chunk_id & 0x7fff_ffff);
-        if let Some(found) = self.find(chunk_id, hash, raw_len, true) {
-            return found;
+        for group in missing.chunks(GROUP) {
+            let _locks = self.lock_hashes(group.iter().map(|(_, chunk_id)| chunk_id & 0x7fff_ffff).collect());
+            let mut new = Vec::with_capacity(group.len());
+            for &(i, chunk_id) in group {
+                let (hash, raw_len) = contents[i];
+                match self.find(chunk_id, &hash, raw_len, true) {
+                    Some(there) => drop(found.insert(contents[i], there)),
+                    None => new.push(New { hash, raw_len, chunk_id, payload: make(i) }),
+                }
+            }
+            let stored = self.add(&new, None);
+            found.extend(new.iter().map(|new| (new.hash, new.raw_len)).zip(stored));
         }
-        self.add(hash, raw_len, chunk_id, make(), None)
+        contents.iter().map(|content| found[content]).collect()
+    }
+
+    /// Locks on hashes, in one order for all: so nobody waits in a circle.
+    fn lock_hashes(&self, mut numbers: Vec<u32>) -> Vec<PageLock> {
+        numbers.sort_unstable();
+        numbers.dedup();
+        numbers.into_iter().map(|number| PageLock::exclusive(self.rel.raw(), number)).collect()
     }
 
     /// Stores a block under its own id in a copy of another store, which nobody else sees yet.
     fn put_as(&self, block_id: u32, hash: &Hash, raw_len: u32, payload: Payload<'_>) {
-        self.add(hash, raw_len, directory::chunk_id(&self.key, hash), payload, Some(block_id));
+        let chunk_id = directory::chunk_id(&self.key, hash);
+        self.add(&[New { hash: *hash, raw_len, chunk_id, payload }], Some(block_id));
     }
 
-    fn add(&self, hash: &Hash, raw_len: u32, chunk_id: u32, payload: Payload<'_>, given: Option<u32>) -> StandIn {
+    /// Stores blocks whose hashes are locked, in runs of neighbours: with the next ids, or one with `given`.
+    fn add(&self, new: &[New<'_>], given: Option<u32>) -> Vec<StandIn> {
         let rel = self.rel.raw();
-        let ext_info = payload.stored.len() as u32 | payload.method << 30;
-        let locator = Locator { hash: *hash, ext_info, raw_len, encoding: payload.encoding.code(), ..Locator::NONE };
-        let at = locators::reserve(rel, locator, given);
-        fault::point("store after reserve");
-        payload::write(rel, at.page, at.offset, &payload.stored);
-        fault::point("store after payload");
-        self.indexes.insert(chunk_id, at.block_id, directory::tid_of(at.block_id));
-        fault::point("store after directory");
-        self.keep(at.block_id, hash, true);
-        // Aborted insertions count as dead: so autovacuum learns of blocks that no row came to reference.
-        relation::count_insertion(rel);
-        locator.reference(at.block_id)
+        let locators: Vec<Locator> = new.iter().map(New::locator).collect();
+        let mut stored = Vec::with_capacity(new.len());
+        while stored.len() < new.len() {
+            let left = stored.len()..;
+            let run = locators::reserve(rel, &locators[left.clone()], given);
+            fault::point("store after reserve");
+            let new = &new[left][..run.len()];
+            let (first, page, offset) = (run[0].block_id, run[0].page, run[0].offset);
+            let behind = |at: &Reservation| (at.position() - run[0].position()) as usize;
+            let parts: Vec<_> = run.iter().zip(new).map(|(at, new)| (behind(at), &*new.payload.stored)).collect();
+            payload::write(rel, page, offset, &parts);
+            fault::point("store after payload");
+            let entry =
+                |(new, at): (&New<'_>, &Reservation)| (new.chunk_id, at.block_id, directory::tid_of(at.block_id));
+            self.indexes.insert(new.iter().zip(&run).map(entry));
+            fault::point("store after directory");
+            locators::edit_run(rel, first, run.len(), |i, locator| kept(locator, &new[i].hash, true));
+            // Aborted insertions count as dead: so autovacuum learns of blocks that no row came to reference.
+            relation::count_insertions(rel, run.len());
+            stored.extend(new.iter().zip(&run).map(|(new, at)| new.locator().reference(at.block_id)));
+        }
+        stored
     }
 
     /// True if a reference that some row has may be stored again: the block is there, with this size. A condemnation is
@@ -158,19 +227,13 @@ impl Store {
 
     /// Makes a block one that may be referenced: live, not condemned. False if it is being removed, or another.
     fn keep(&self, block_id: u32, hash: &Hash, reserved_too: bool) -> bool {
-        let mut kept = false;
-        locators::edit(self.rel.raw(), block_id, |mut locator| {
-            kept = locator.hash == *hash
-                && match locator.state() {
-                    Some(State::Live) => true,
-                    Some(State::Reserved) => reserved_too,
-                    _ => false,
-                };
-            locator.set_state(State::Live);
-            locator.condemn_xid = 0;
-            kept.then_some(locator)
+        let mut found = false;
+        locators::edit(self.rel.raw(), block_id, |locator| {
+            let kept = kept(locator, hash, reserved_too);
+            found = kept.is_some();
+            kept
         });
-        kept
+        found
     }
 
     /// The block with the content of block `block_id` of another store, if this one has it: nothing is read but locators.

@@ -26,39 +26,60 @@ fn pieces(page: u32, offset: u64, len: usize) -> impl Iterator<Item = (u32, usiz
     })
 }
 
-/// Writes a payload to space that was reserved for it and that the file already has.
+/// Writes payloads to space that was reserved for them and that the file already has: `parts` are the bytes of each, ascending by
+/// where they begin behind `offset`. What lies between two of them belongs to nobody.
 ///
 /// A page that nobody has written yet, or that is written whole, is logged as a full image, which leaves out what is not
 /// filled yet; a page that holds the end of the block before is changed by generic WAL. So each byte is logged once. Neighbours write to the same page under its exclusive lock, each only its own bytes.
-pub fn write(rel: pg_sys::Relation, page: u32, offset: u32, bytes: &[u8]) {
-    for (i, (page, at, range)) in pieces(page, u64::from(offset), bytes.len()).enumerate() {
+pub fn write(rel: pg_sys::Relation, page: u32, offset: u32, parts: &[(usize, &[u8])]) {
+    let len = parts.last().map_or(0, |(start, bytes)| start + bytes.len());
+    for (i, (page, at, range)) in pieces(page, u64::from(offset), len).enumerate() {
         if i % PAGES_PER_CHECK == PAGES_PER_CHECK - 1 {
             interrupt::check();
         }
         let (from, to) = (PAGE_HEADER + at, PAGE_HEADER + at + range.len());
         if range.len() == PAGE_BYTES {
             Pinned::overwrite(rel, page, |locked| {
-                write_new_page(rel, locked, to, |p| p[from..to].copy_from_slice(&bytes[range]))
+                write_new_page(rel, locked, from..to, |out| copy(parts, range.start, out))
             });
             continue;
         }
         let pin = Pinned::read(rel, page);
         let mut locked = pin.exclusive();
         if is_new(locked.bytes()) {
-            write_new_page(rel, &mut locked, to, |p| p[from..to].copy_from_slice(&bytes[range]));
+            write_new_page(rel, &mut locked, from..to, |out| copy(parts, range.start, out));
         } else {
             let record = GenericRecord::start(rel);
             let copy = record.page(&mut locked, false);
             if content_end(copy) < to {
                 set_content_end(copy, to);
             }
-            copy[from..to].copy_from_slice(&bytes[range]);
+            self::copy(parts, range.start, &mut copy[from..to]);
             record.finish();
         }
     }
     if needs_wal(rel) {
         wal::write_in_background();
     }
+}
+
+/// Fills `out` with what the parts have from `start` on, and with zeros between them.
+fn copy(parts: &[(usize, &[u8])], start: usize, out: &mut [u8]) {
+    let mut done = 0;
+    let first = parts.partition_point(|(at, bytes)| at + bytes.len() <= start);
+    for (at, bytes) in &parts[first..] {
+        let from = start + done;
+        if at.saturating_sub(start) >= out.len() {
+            break;
+        }
+        let to = at.saturating_sub(start).max(done);
+        out[done..to].fill(0);
+        let bytes = &bytes[from.saturating_sub(*at)..];
+        let n = bytes.len().min(out.len() - to);
+        out[to..to + n].copy_from_slice(&bytes[..n]);
+        done = to + n;
+    }
+    out[done..].fill(0);
 }
 
 /// Reads `out.len()` bytes from `offset` behind the header of `page` (the offset may lie pages further).
@@ -120,6 +141,22 @@ pub fn try_read(rel: pg_sys::Relation, page: u32, offset: u64, out: &mut [u8]) -
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn parts_are_copied_with_zeros_between_them() {
+        let bytes: Vec<u8> = (1..=200).collect();
+        let parts: Vec<(usize, &[u8])> =
+            vec![(0, &bytes[..5]), (8, &bytes[5..6]), (16, &bytes[6..100]), (112, &bytes[100..])];
+        let mut whole = vec![0u8; 212];
+        parts.iter().for_each(|(at, bytes)| whole[*at..at + bytes.len()].copy_from_slice(bytes));
+        for start in 0..whole.len() {
+            for end in start..=whole.len() {
+                let mut out = vec![255; end - start];
+                copy(&parts, start, &mut out);
+                assert_eq!(out, whole[start..end], "{start}..{end}");
+            }
+        }
+    }
 
     #[test]
     fn pieces_cover_every_byte_once_and_cross_pages() {

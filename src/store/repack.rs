@@ -164,7 +164,7 @@ fn move_all(rel: pg_sys::Relation, ids: &[(u32, u32)], mut target: Target, moved
         extend_to(rel, ((position + u64::from(len) - 1) / PAGE_BYTES as u64) as u32 + 1);
         bytes.resize(len as usize, 0);
         payload::read(rel, old.page, u64::from(old.offset), &mut bytes);
-        payload::write(rel, page, offset, &bytes);
+        payload::write(rel, page, offset, &[(0, &bytes)]);
         fault::point("repack before locator");
         locators::edit(rel, id, |locator| {
             (locator.state() == Some(State::Live) && locator.version == old.version).then_some(Locator {

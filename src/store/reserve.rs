@@ -4,7 +4,8 @@
 //! (the extension lock is never waited for under a content lock), then applies the same plan under the exclusive lock.
 
 use super::format::{
-    EXTENT_BYTES, EXTENT_PAGES, HEAD_PAGES, MAP_FANOUT, Meta, Path, ROOTS, extent_of, extent_start, position_of,
+    EXTENT_BYTES, EXTENT_PAGES, HEAD_PAGES, Locator, MAP_FANOUT, Meta, Path, ROOTS, extent_of, extent_start,
+    position_of,
 };
 use crate::pg::buffer::PAGE_BYTES;
 
@@ -21,6 +22,13 @@ pub struct Reservation {
     pub pages_needed: u32,
     /// The metapage afterwards.
     pub meta: Meta,
+}
+
+impl Reservation {
+    /// Position of the payload's first byte, in bytes behind page headers.
+    pub fn position(&self) -> u64 {
+        position_of(u64::from(self.page)) + u64::from(self.offset)
+    }
 }
 
 /// Why no block can be added.
@@ -96,6 +104,21 @@ pub fn plan(meta: &Meta, len: u32, new_maps: u32, given: Option<u32>) -> Result<
         pages_needed: u32::try_from(last_page + 1).map_err(|_| Full::Pages)?,
         meta: after,
     })
+}
+
+/// Plans those of `what`, from the first on, that lie behind the last of `run` without a gap of more than the alignment, and whose
+/// locators are on the same page, so that all of them are written together.
+pub fn plan_neighbours(run: &mut Vec<Reservation>, what: &[Locator]) {
+    for locator in what {
+        let last = &run[run.len() - 1];
+        let (meta, len) = (&last.meta, locator.stored_len());
+        let next = place(meta.fill_at, meta.fill_end, len).filter(|&start| start == meta.fill_at);
+        if next.is_none() || Path::of(meta.next_block_id).leaf != Path::of(last.block_id).leaf {
+            return;
+        }
+        let Ok(reservation) = plan(meta, len, 0, None) else { return };
+        run.push(reservation);
+    }
 }
 
 /// Makes sure that `count` pages are set aside for maps, and returns the first; taking them is the caller's.
@@ -183,6 +206,37 @@ mod tests {
         assert_eq!(place(at(0) + 8, at(3), EXTENT_BYTES as u32 + 1), Some(at(1)));
         assert_eq!(place(at(0) + 8, at(2), EXTENT_BYTES as u32 + 1), None);
         assert_eq!(place(0, 0, 1), None);
+    }
+
+    #[test]
+    fn neighbours_follow_each_other_on_one_page_of_locators() {
+        let what = |len: u32| Locator { ext_info: len, raw_len: len, ..Locator::NONE };
+        let mut meta = Meta::new([0; 32]);
+        let lens: Vec<u32> = (0..1000u32).map(|i| 25 + i * 7919 % 90_001).collect();
+        let mut left = &lens[..];
+        let mut runs = 0;
+        while let Some((&first, rest)) = left.split_first() {
+            let mut run = vec![plan(&meta, first, 0, None).unwrap()];
+            plan_neighbours(&mut run, &rest.iter().map(|&len| what(len)).collect::<Vec<_>>());
+            for ((before, now), &len) in run.iter().zip(&run[1..]).zip(left) {
+                let end = (before.position() + u64::from(len)).next_multiple_of(8);
+                assert_eq!((now.position(), now.block_id), (end, before.block_id + 1));
+                assert_eq!(Path::of(now.block_id).leaf, Path::of(before.block_id).leaf);
+                assert_eq!(extent_of(now.position()), extent_of(before.position()));
+            }
+            // Planned one by one they would lie at the same places.
+            for (at, &len) in run.iter().zip(left) {
+                assert_eq!(plan(&meta, len, 0, None).unwrap(), *at);
+                meta = at.meta;
+            }
+            left = &left[run.len()..];
+            runs += 1;
+        }
+        assert!((80..200).contains(&runs), "{runs} runs");
+        meta.next_block_id = u32::MAX;
+        let mut last = vec![plan(&meta, 100, 0, None).unwrap()];
+        plan_neighbours(&mut last, &[what(100)]);
+        assert_eq!(last.len(), 1, "there is no id behind the last");
     }
 
     #[test]

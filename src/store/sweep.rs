@@ -111,7 +111,7 @@ fn revive(rel: pg_sys::Relation, blocks: &[(u32, Hash)]) {
         let chunk_id = directory::chunk_id(&meta.hash_key, hash);
         let tid = directory::tid_of(*id);
         if indexes.find(chunk_id, |found| (directory::block_id_of(found) == *id).then_some(())).is_none() {
-            indexes.insert(chunk_id, *id, tid);
+            indexes.insert(std::iter::once((chunk_id, *id, tid)));
         }
         locators::edit(rel, *id, |mut locator| {
             locator.set_state(State::Live);

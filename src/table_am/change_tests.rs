@@ -170,4 +170,38 @@ mod tests {
         Spi::run("SELECT repack('t', 'n')").expect("repack");
         assert_eq!((wrong_rows(), faults()), (0, 0));
     }
+
+    /// Rows that come together have their blocks stored together; an ERROR in between leaves some of them reserved.
+    #[pg_test]
+    fn an_error_in_the_middle_of_many_rows_loses_nothing() {
+        setup();
+        Spi::run(
+            "CREATE FUNCTION block(seed int) RETURNS tensor_block LANGUAGE sql IMMUTABLE AS
+               $$ SELECT ('float32[10000]:' || translate(encode(noise(40000, seed), 'base64'), E'\n', ''))::tensor_block $$;
+             CREATE TABLE b (k int, data tensor_block) USING tensor_block;
+             DO $$ BEGIN
+               EXECUTE format('COPY (SELECT k, block(k %% 70) FROM generate_series(1, 100) k) TO %L WITH (FORMAT binary)',
+                              current_setting('data_directory') || '/many_rows');
+             END $$",
+        )
+        .expect("set-up");
+        let copy =
+            "EXECUTE format('COPY b FROM %L WITH (FORMAT binary)', current_setting('data_directory') || '/many_rows')";
+        let wrong = "SELECT count(*) FILTER (WHERE data::text <> block(k % 70)::text) FROM b";
+        let found = "SELECT count(*) FROM check_store('b')";
+        for point in ["store after reserve", "store after payload", "store after directory"] {
+            Spi::run(&format!(
+                "DO $$ BEGIN
+                   SET LOCAL tessera_test.fault = '{point}';
+                   {copy};
+                   RAISE 'no fault';
+                 EXCEPTION WHEN internal_error THEN END $$"
+            ))
+            .expect("the fault is caught");
+            assert_eq!((one::<i64>("SELECT count(*) FROM b"), one::<i64>(found)), (0, 0), "{point}");
+        }
+        Spi::run(&format!("DO $$ BEGIN {copy}; {copy}; END $$")).expect("copy");
+        assert_eq!((one::<i64>(wrong), one::<i64>("SELECT count(*) FROM b"), one::<i64>(found)), (0, 200, 0));
+        assert_eq!(one::<i64>("SELECT count(DISTINCT tessera.block_id(data)) FROM b"), 70);
+    }
 }

@@ -126,9 +126,11 @@ pub unsafe extern "C-unwind" fn multi_insert(
             // A descriptor without a reference count, which would be tied to the current resource owner.
             let desc = pg_sys::CreateTupleDescCopyConstr((*rel).rd_att);
             let mut rows: Vec<*mut pg_sys::TupleTableSlot> = Vec::with_capacity(slots.len());
-            for &slot in slots {
+            let values = slots.iter().map(|&slot| {
                 pg_sys::slot_getallattrs(slot);
-                let tuple = toaster.form((*slot).tts_values, (*slot).tts_isnull);
+                ((*slot).tts_values.cast_const(), (*slot).tts_isnull.cast_const())
+            });
+            for tuple in toaster.form_all(&values.collect::<Vec<_>>()) {
                 let row = pg_sys::MakeSingleTupleTableSlot(desc, &raw const pg_sys::TTSOpsHeapTuple);
                 pg_sys::ExecStoreHeapTuple(tuple, row, false);
                 rows.push(row);

@@ -7,7 +7,7 @@
 use crate::pg::relation::OpenRelation;
 use crate::pg::tuple::attribute;
 use crate::pg::varlena::{self, INLINE_BYTES, StandIn, VARHDRSZ};
-use crate::store::{self, Payload, Store};
+use crate::store::{self, Hash, Payload, Store};
 use pgrx::pg_sys;
 use std::borrow::Cow;
 use tensor_blocks::Block;
@@ -42,35 +42,60 @@ impl Toaster {
     /// # Safety
     /// The arrays have a valid value for each column of the table's descriptor.
     pub unsafe fn form(&mut self, values: *const pg_sys::Datum, isnull: *const bool) -> pg_sys::HeapTuple {
+        // SAFETY: by the contract.
+        unsafe { self.form_all(&[(values, isnull)])[0] }
+    }
+
+    /// As [`Toaster::form`], of many rows: their blocks are stored together.
+    ///
+    /// # Safety
+    /// As there, for each pair of arrays.
+    pub unsafe fn form_all(&mut self, rows: &[(*const pg_sys::Datum, *const bool)]) -> Vec<pg_sys::HeapTuple> {
         // SAFETY: by the contract; each non-null varlena column's datum points at a varlena.
         unsafe {
-            let natts = (*self.desc).natts as usize;
-            let mut values = std::slice::from_raw_parts(values, natts).to_vec();
-            let isnull = std::slice::from_raw_parts(isnull, natts);
-            let desc = self.desc;
-            let varlena = |i: usize| {
-                let att = attribute(desc, i);
-                !isnull[i] && (*att).attlen == -1 && !(*att).attisdropped
-            };
-
-            for i in (0..natts).filter(|&i| varlena(i)) {
-                let datum = values[i].cast_mut_ptr::<pg_sys::varlena>();
-                if varlena::is_external(datum) {
-                    values[i] = self.take_in(datum);
+            let (desc, natts) = (self.desc, (*self.desc).natts as usize);
+            let mut formed: Vec<Row<'_>> = Vec::with_capacity(rows.len());
+            let mut leaving = Vec::new();
+            for (number, &(values, isnull)) in rows.iter().enumerate() {
+                let values = std::slice::from_raw_parts(values, natts).to_vec();
+                let mut row = Row { values, isnull: std::slice::from_raw_parts(isnull, natts) };
+                for i in (0..natts).filter(|&i| is_varlena(desc, row.isnull, i)) {
+                    let datum = row.values[i].cast_mut_ptr::<pg_sys::varlena>();
+                    if varlena::is_external(datum) {
+                        row.values[i] = self.take_in(datum);
+                    }
+                    let att = attribute(desc, i);
+                    if (*att).atttypid == self.block_type && leaves_last(att).is_some() {
+                        let value = self.leaving(row.values[i], att);
+                        leaving.extend(value.map(|value| (number, i, value)));
+                    }
                 }
-                let att = attribute(desc, i);
-                if (*att).atttypid == self.block_type && leaves_last(att).is_some() {
-                    values[i] = self.move_out(values[i], att);
+                formed.push(row);
+            }
+            if let Some(store) = self.store.as_ref().filter(|_| !leaving.is_empty()) {
+                let contents: Vec<_> = leaving.iter().map(|(_, _, value)| value.content()).collect();
+                let stand_ins = store.put_all(&contents, |i| leaving[i].2.payload());
+                for ((row, column, _), stand_in) in leaving.iter().zip(stand_ins) {
+                    formed[*row].values[*column] = copy_to_context(&stand_in.to_bytes());
                 }
             }
+            formed.into_iter().map(|row| self.finish(row)).collect()
+        }
+    }
 
+    /// Moves further values to the store while the row is too wide, and forms it.
+    unsafe fn finish(&mut self, row: Row<'_>) -> pg_sys::HeapTuple {
+        // SAFETY: the row has a valid value for each column, and no TOAST pointer that `take_in` has not seen.
+        unsafe {
+            let Row { mut values, isnull } = row;
+            let (desc, natts) = (self.desc, values.len());
             // Others by size: first those with storage EXTENDED and EXTERNAL, then MAIN.
             let wide = self.row_bytes(&mut values, isnull) > ROW_THRESHOLD;
             let target = self.row_target();
             for main in [false, true].into_iter().filter(|_| wide) {
                 while self.row_bytes(&mut values, isnull) > target {
                     let widest = (0..natts)
-                        .filter(|&i| varlena(i) && leaves_last(attribute(desc, i)) == Some(main))
+                        .filter(|&i| is_varlena(desc, isnull, i) && leaves_last(attribute(desc, i)) == Some(main))
                         .map(|i| (varlena::size_in_row(values[i].cast_mut_ptr()), i))
                         .max();
                     let Some((size, i)) = widest else { break };
@@ -124,31 +149,36 @@ impl Toaster {
         }
     }
 
-    /// Moves a value to the store and returns its stand-in. Values up to 24 bytes, and tables without a store, keep it.
+    /// Moves a value to the store and returns its stand-in. Values that do not leave the row stay as they are.
     unsafe fn move_out(&mut self, value: pg_sys::Datum, att: *const pg_sys::FormData_pg_attribute) -> pg_sys::Datum {
+        // SAFETY: as for `leaving`.
+        unsafe {
+            let Some(leaving) = self.leaving(value, att) else { return value };
+            let Some(store) = &self.store else { return value };
+            let stand_ins = store.put_all(&[leaving.content()], |_| leaving.payload());
+            copy_to_context(&stand_ins[0].to_bytes())
+        }
+    }
+
+    /// A value that is to leave its row, with its content's hash. None for values up to 24 bytes, and for tables without a store.
+    unsafe fn leaving<'a>(
+        &mut self,
+        value: pg_sys::Datum,
+        att: *const pg_sys::FormData_pg_attribute,
+    ) -> Option<Leaving<'a>> {
         // SAFETY: `value` points at a varlena that is no TOAST pointer (`take_in` saw to that), and `att` describes it.
         unsafe {
             let datum = value.cast_mut_ptr::<pg_sys::varlena>();
             if varlena::size_in_row(datum) <= INLINE_BYTES || StandIn::read(datum).is_some() {
-                return value;
+                return None;
             }
-            if self.store().is_none() {
-                return value;
-            }
+            self.store()?;
             // The hash is of the decompressed bytes, so that equal values meet whatever form they come in.
             let plain = pg_sys::detoast_attr(datum);
             let raw = varlena::payload(plain);
             let block = Block::decode(raw).ok().filter(|_| (*att).atttypid == self.block_type);
             let hash = block.as_ref().map_or_else(|| store::value_hash(raw), |block| block.hash().0);
-            let Some(store) = self.store() else { return value };
-            let stand_in = store.put(&hash, raw.len() as u32, || {
-                let small = block.and_then(|_| encoding::encode(raw, store::settings::compression()));
-                match small {
-                    Some((encoding, stored)) => Payload { stored: Cow::Owned(stored), method: 0, encoding },
-                    None => payload_of(datum, plain, raw, att),
-                }
-            });
-            copy_to_context(&stand_in.to_bytes())
+            Some(Leaving { datum, plain, raw, hash, is_block: block.is_some(), att })
         }
     }
 
@@ -181,6 +211,48 @@ impl Toaster {
             self.store = Some(Store::open_for_write(oid));
         }
         self.store.as_ref()
+    }
+}
+
+/// A row on its way: its values as they are now.
+struct Row<'a> {
+    values: Vec<pg_sys::Datum>,
+    isnull: &'a [bool],
+}
+
+/// A value that is to leave its row.
+struct Leaving<'a> {
+    datum: *mut pg_sys::varlena,
+    /// Its decompressed form.
+    plain: *mut pg_sys::varlena,
+    raw: &'a [u8],
+    hash: Hash,
+    is_block: bool,
+    att: *const pg_sys::FormData_pg_attribute,
+}
+
+impl<'a> Leaving<'a> {
+    fn content(&self) -> (Hash, u32) {
+        (self.hash, self.raw.len() as u32)
+    }
+
+    /// The form in which it goes to the store.
+    unsafe fn payload(&self) -> Payload<'a> {
+        let small = if self.is_block { encoding::encode(self.raw, store::settings::compression()) } else { None };
+        match small {
+            Some((encoding, stored)) => Payload { stored: Cow::Owned(stored), method: 0, encoding },
+            // SAFETY: the caller's: values and the table's descriptor are there as long as the row is being formed.
+            None => unsafe { payload_of(self.datum, self.plain, self.raw, self.att) },
+        }
+    }
+}
+
+/// True if column `i` has a value of variable length.
+unsafe fn is_varlena(desc: pg_sys::TupleDesc, isnull: &[bool], i: usize) -> bool {
+    // SAFETY: the descriptor has this column.
+    unsafe {
+        let att = attribute(desc, i);
+        !isnull[i] && (*att).attlen == -1 && !(*att).attisdropped
     }
 }
 

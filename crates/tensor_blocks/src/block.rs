@@ -119,8 +119,13 @@ impl<'a> Block<'a> {
 
     /// The part of the binary form before the elements.
     pub fn head(&self) -> Vec<u8> {
-        let mut head = vec![VERSION, self.dtype.onnx_code() as u8, self.shape.len() as u8, 0];
-        for dim in &self.shape {
+        Block::head_of(self.dtype, &self.shape)
+    }
+
+    /// The head of a block of elements of `dtype` in `shape`.
+    pub fn head_of(dtype: DType, shape: &[u32]) -> Vec<u8> {
+        let mut head = vec![VERSION, dtype.onnx_code() as u8, shape.len() as u8, 0];
+        for dim in shape {
             head.extend_from_slice(&dim.to_le_bytes());
         }
         head

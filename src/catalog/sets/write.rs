@@ -2,9 +2,11 @@
 
 use super::read::{Storage, sets_trained_from};
 use crate::catalog::read::damaged;
-use crate::catalog::write::{as_owner, block_type_of, create_domain, delete_unused_graphs, lock_object, owns_domain};
+use crate::catalog::write::{as_owner, create_domain, delete_unused_graphs, lock_object, owns_domain};
+use crate::pg::insert::insert_rows;
+use crate::pg::scan::relation_oid;
+use crate::pg::varlena::VARHDRSZ;
 use crate::pg::{error, fmgr, snapshot};
-use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use pgrx::spi::{SpiClient, SpiError};
@@ -50,6 +52,9 @@ pub fn lock_set_name(name: &str) {
 }
 
 impl SetWriter {
+    /// Bytes that a block has before its elements, for the head of the value as which it is stored.
+    pub const ROOM: usize = VARHDRSZ + Block::HEAD_OF_MATRIX;
+
     /// Stores the set's row, without members, owned by the caller. Its architecture is shared with others' until the transaction ends.
     pub fn begin(new: &NewSet<'_>) -> SetWriter {
         lock_architecture(&new.graph_hash, false);
@@ -149,34 +154,32 @@ impl SetWriter {
     }
 
     fn flush(&mut self) {
-        let held = std::mem::take(&mut self.held);
+        let mut held = std::mem::take(&mut self.held);
         if held.is_empty() {
             return;
         }
-        self.bytes += held.iter().map(|block| (block.bytes.len() + block.index.len()) as u64).sum::<u64>();
-        let architecture = self.architecture;
-        as_owner(|client, _| {
-            let block_type = block_type_of(c"set_block", 4);
-            let types = [pg_sys::INT8OID, pg_sys::INT8OID, pg_sys::BYTEAOID, block_type].map(PgOid::from);
-            let insert = client.prepare_mut(
-                "INSERT INTO tessera.set_block (number, architecture, segments, data) VALUES ($1, $2, $3, $4)",
-                &types,
-            )?;
-            for block in held {
-                crate::pg::interrupt::check();
-                let shape = vec![1, (block.bytes.len() / 4) as u32];
-                let data = Block::new(DType::Float32, shape, block.bytes).unwrap_or_else(|e| damaged(&e.to_string()));
-                let datum = fmgr::varlena_datum(&[&data.head(), data.data()]);
-                // SAFETY: a palloc'd tensor_block, freed below; SPI copies what it keeps.
-                unsafe {
-                    let data = DatumWithOid::new(datum, block_type);
-                    let number = i64::from(block.number);
-                    client.update(&insert, None, &[number.into(), architecture.into(), block.index.into(), data])?;
-                    pg_sys::pfree(datum.cast_mut_ptr());
-                }
-            }
-            Ok(())
+        self.bytes += held.iter().map(|block| (block.elements().len() + block.index.len()) as u64).sum::<u64>();
+        crate::pg::interrupt::check();
+        let rows = held.iter_mut().map(|block| {
+            let elements = block.elements().len();
+            debug_assert_eq!(block.room, SetWriter::ROOM);
+            let head = Block::head_of(DType::Float32, &[1, (elements / 4) as u32]);
+            block.bytes[VARHDRSZ..SetWriter::ROOM].copy_from_slice(&head);
+            [
+                pg_sys::Datum::from(i64::from(block.number)),
+                pg_sys::Datum::from(self.architecture),
+                fmgr::varlena_datum(&[&block.index]),
+                fmgr::varlena_in_place(&mut block.bytes),
+            ]
         });
+        let rows: Vec<[pg_sys::Datum; 4]> = rows.collect();
+        let table = relation_oid(c"tessera", c"set_block").unwrap_or_else(|| damaged("a table is missing"));
+        // SAFETY: of the types of tessera.set_block's columns: bigint twice, bytea, tensor_block, whose bytes are held until here.
+        unsafe {
+            insert_rows(table, &rows);
+            rows.iter().for_each(|row| pg_sys::pfree(row[2].cast_mut_ptr()));
+        }
+        drop(held);
     }
 
     /// Stores the map: members ascending by name, with the places of their segments, and the recipes of those that have one.

@@ -52,7 +52,8 @@ impl Making {
             training,
         });
         let member = shared.segments.bytes();
-        let mut packer = Packer::new(block_capacity(member, TENSOR_PAGE_BYTES as usize, Block::HEAD_OF_MATRIX));
+        let capacity = block_capacity(member, TENSOR_PAGE_BYTES as usize, Block::HEAD_OF_MATRIX);
+        let mut packer = Packer::new(capacity, SetWriter::ROOM);
         if let Some(parent) = &parent {
             // What the parent uses: contents are told by their hashes.
             let blocks: HashSet<u32> =

@@ -15,10 +15,19 @@ const ENTRY: usize = 2 + 32;
 pub struct PackedBlock {
     /// Its number.
     pub number: u32,
-    /// The segments, one behind the other.
+    /// Room for the packer's owner, and the segments, one behind the other.
     pub bytes: Vec<u8>,
+    /// Bytes of that room.
+    pub room: usize,
     /// Offset (in units, u16) and hash of each segment: what [`decode_index`] reads.
     pub index: Vec<u8>,
+}
+
+impl PackedBlock {
+    /// The segments, one behind the other.
+    pub fn elements(&self) -> &[u8] {
+        &self.bytes[self.room..]
+    }
 }
 
 /// Offsets and hashes of a block's segments; none if the bytes are no index.
@@ -36,6 +45,7 @@ pub fn decode_index(index: &[u8]) -> Option<impl Iterator<Item = (u16, SegmentHa
 #[derive(Debug)]
 pub struct Packer {
     capacity: usize,
+    room: usize,
     known: HashMap<SegmentHash, Place>,
     open: Option<PackedBlock>,
 }
@@ -52,9 +62,10 @@ pub fn block_capacity(member: usize, page: usize, beside: usize) -> usize {
 }
 
 impl Packer {
-    /// For blocks of at most so many bytes, which are no more than [`BLOCK_MAX`]. A larger segment has a block of its own.
-    pub fn new(capacity: usize) -> Packer {
-        Packer { capacity: capacity.min(BLOCK_MAX), known: HashMap::new(), open: None }
+    /// For blocks of at most `capacity` bytes, which are no more than [`BLOCK_MAX`]. A larger segment has a block of its own. Before
+    /// the bytes of each block are `room` zeros, for what its owner stores with them.
+    pub fn new(capacity: usize, room: usize) -> Packer {
+        Packer { capacity: capacity.min(BLOCK_MAX), room, known: HashMap::new(), open: None }
     }
 
     /// Tells that a content is stored already.
@@ -77,7 +88,7 @@ impl Packer {
     ) -> Result<Vec<Place>, E> {
         let new: usize =
             segments.iter().filter(|(hash, _)| !self.known.contains_key(hash)).map(|(_, bytes)| bytes.len()).sum();
-        let left = self.open.as_ref().map_or(0, |open| self.capacity.saturating_sub(open.bytes.len()));
+        let left = self.open.as_ref().map_or(0, |open| self.capacity.saturating_sub(open.elements().len()));
         if new > left && new <= self.capacity {
             self.finish(full)?;
         }
@@ -88,18 +99,17 @@ impl Packer {
                 places.push(*place);
                 continue;
             }
-            if self.open.as_ref().is_some_and(|open| open.bytes.len() + bytes.len() > self.capacity) {
+            if self.open.as_ref().is_some_and(|open| open.elements().len() + bytes.len() > self.capacity) {
                 self.finish(full)?;
             }
             if self.open.is_none() {
-                self.open = Some(PackedBlock {
-                    number: number()?,
-                    bytes: Vec::with_capacity(self.capacity),
-                    index: Vec::new(),
-                });
+                let number = number()?;
+                let mut room = Vec::with_capacity(self.room + self.capacity);
+                room.resize(self.room, 0);
+                self.open = Some(PackedBlock { number, bytes: room, room: self.room, index: Vec::new() });
             }
             let Some(open) = &mut self.open else { continue };
-            let place = Place { block: open.number, at: (open.bytes.len() / UNIT) as u16 };
+            let place = Place { block: open.number, at: (open.elements().len() / UNIT) as u16 };
             open.bytes.extend_from_slice(bytes);
             open.index.extend_from_slice(&place.at.to_le_bytes());
             open.index.extend_from_slice(hash);
@@ -148,19 +158,19 @@ mod tests {
     fn segments_are_found_where_they_were_placed_and_stored_once() {
         let member = |n: u8| vec![vec![n; 1152], vec![n.wrapping_mul(3); 9408], vec![200; 9408], vec![n; 196]];
         let members: Vec<_> = (0..40).map(member).collect();
-        let (places, blocks) = pack(&members, &mut Packer::new(BLOCK_MAX));
+        let (places, blocks) = pack(&members, &mut Packer::new(BLOCK_MAX, 16));
         for (member, places) in members.iter().zip(&places) {
             for (bytes, place) in member.iter().zip(places) {
                 let block = &blocks[&place.block];
-                assert_eq!(&block.bytes[place.offset()..][..bytes.len()], bytes);
+                assert_eq!(&block.elements()[place.offset()..][..bytes.len()], bytes);
                 let hash = decode_index(&block.index).unwrap().find(|(at, _)| *at == place.at).unwrap().1;
                 assert_eq!(hash, segment_hash(bytes));
             }
         }
-        let stored: usize = blocks.values().map(|block| block.bytes.len()).sum();
+        let stored: usize = blocks.values().map(|block| block.elements().len()).sum();
         // The third layer is one for all; 0 times 3 is 0, so the first member's segments are different lengths of zeros.
         assert_eq!(stored, 40 * (1152 + 9408 + 196) + 9408);
-        assert!(blocks.values().all(|block| block.bytes.len() <= BLOCK_MAX));
+        assert!(blocks.values().all(|block| block.elements().len() <= BLOCK_MAX && block.bytes[..16] == [0; 16]));
         assert!(decode_index(&[0; 35]).is_none());
     }
 
@@ -179,15 +189,15 @@ mod tests {
     #[test]
     fn a_member_lies_in_one_block_and_what_is_known_is_not_stored() {
         let members: Vec<Vec<Vec<u8>>> = (0..7).map(|n| vec![vec![n; 10_000], vec![n + 100; 12_000]]).collect();
-        let (places, _) = pack(&members, &mut Packer::new(BLOCK_MAX));
+        let (places, _) = pack(&members, &mut Packer::new(BLOCK_MAX, 16));
         assert!(places.iter().all(|places| places[0].block == places[1].block));
-        let mut packer = Packer::new(BLOCK_MAX);
+        let mut packer = Packer::new(BLOCK_MAX, 16);
         for (member, places) in members.iter().zip(&places) {
             packer.know(segment_hash(&member[0]), places[0]);
         }
         let changed: Vec<Vec<Vec<u8>>> = members.iter().map(|m| vec![m[0].clone(), vec![7; 12_000]]).collect();
         let (new, blocks) = pack(&changed, &mut packer);
         assert!(new.iter().zip(&places).all(|(new, old)| new[0] == old[0]));
-        assert_eq!(blocks.values().map(|block| block.bytes.len()).sum::<usize>(), 12_000);
+        assert_eq!(blocks.values().map(|block| block.elements().len()).sum::<usize>(), 12_000);
     }
 }
