@@ -72,20 +72,18 @@ impl ToastIndexes {
     }
 
     /// Enters each `(chunk_id, chunk_seq) -> tid` into every index that is ready for insertions.
-    pub fn insert(&self, entries: impl Iterator<Item = (u32, u32, pg_sys::ItemPointerData)> + Clone) {
-        for index in &self.indexes {
-            // SAFETY: index and store are open and locked RowExclusive. No uniqueness check: block ids are never
-            // reused, so keys are unique by construction, and a check would visit heap rows that do not exist.
-            unsafe {
-                if !(*(*index.raw()).rd_index).indisready {
-                    continue;
-                }
-                let info = pg_sys::BuildIndexInfo(index.raw());
-                for (chunk_id, chunk_seq, mut tid) in entries.clone() {
+    pub fn insert(&self, entries: impl Iterator<Item = (u32, u32, pg_sys::ItemPointerData)>) {
+        // SAFETY: index and store are open and locked RowExclusive. No uniqueness check: block ids are never
+        // reused, so keys are unique by construction, and a check would visit heap rows that do not exist.
+        unsafe {
+            let ready = self.indexes.iter().map(OpenRelation::raw).filter(|index| (*(**index).rd_index).indisready);
+            let ready: Vec<_> = ready.map(|index| (index, pg_sys::BuildIndexInfo(index))).collect();
+            for (chunk_id, chunk_seq, mut tid) in entries {
+                for &(index, info) in &ready {
                     let mut values = [pg_sys::Datum::from(chunk_id), pg_sys::Datum::from(chunk_seq as i32)];
                     let mut nulls = [false; 2];
                     pg_sys::index_insert(
-                        index.raw(),
+                        index,
                         values.as_mut_ptr(),
                         nulls.as_mut_ptr(),
                         &mut tid,
@@ -95,8 +93,8 @@ impl ToastIndexes {
                         info,
                     );
                 }
-                pg_sys::pfree(info.cast());
             }
+            ready.into_iter().for_each(|(_, info)| pg_sys::pfree(info.cast()));
         }
     }
 

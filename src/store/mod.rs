@@ -64,8 +64,19 @@ pub struct Payload<'a> {
     pub encoding: Encoding,
 }
 
-/// Hashes that are locked at a time by one that stores blocks.
+/// Hashes that are locked at a time by one that stores blocks, and bytes of their contents, beyond the first.
 const GROUP: usize = 32;
+const GROUP_BYTES: u64 = 16 << 20;
+
+/// How many contents of these lengths, at least one, are stored at a time: their payloads are held together.
+fn group_len(lens: impl Iterator<Item = u32>) -> usize {
+    let mut bytes = 0;
+    let fits = |len: &u32| {
+        bytes += u64::from(*len);
+        bytes <= GROUP_BYTES
+    };
+    lens.take(GROUP).take_while(fits).count().max(1)
+}
 
 /// A block that is to be stored.
 struct New<'a> {
@@ -134,16 +145,21 @@ impl Store {
         let mut missing: Vec<(usize, u32)> = Vec::new();
         let mut seen = HashSet::with_capacity(contents.len());
         for (i, content) in contents.iter().enumerate().filter(|(_, content)| seen.insert(**content)) {
+            interrupt::check();
             let chunk_id = directory::chunk_id(&self.key, &content.0);
             match self.find(chunk_id, &content.0, content.1, false) {
                 Some(there) => drop(found.insert(*content, there)),
                 None => missing.push((i, chunk_id)),
             }
         }
-        for group in missing.chunks(GROUP) {
+        let mut left = &missing[..];
+        while !left.is_empty() {
+            let (group, others) = left.split_at(group_len(left.iter().map(|(i, _)| contents[*i].1)));
+            left = others;
             let _locks = self.lock_hashes(group.iter().map(|(_, chunk_id)| chunk_id & 0x7fff_ffff).collect());
             let mut new = Vec::with_capacity(group.len());
             for &(i, chunk_id) in group {
+                interrupt::check();
                 let (hash, raw_len) = contents[i];
                 match self.find(chunk_id, &hash, raw_len, true) {
                     Some(there) => drop(found.insert(contents[i], there)),
@@ -389,4 +405,16 @@ pub fn for_each_block(rel: pg_sys::Relation, mut f: impl FnMut(u32, &Locator)) {
             f(id, locator);
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_are_bounded_in_number_and_in_bytes() {
+        let of = |lens: &[u32]| group_len(lens.iter().copied());
+        assert_eq!([of(&[40_000; 100]), of(&[40_000; 5])], [GROUP, 5]);
+        assert_eq!([of(&[u32::MAX; 3]), of(&[4 << 20; 9]), of(&[1, u32::MAX, 1])], [1, 4, 1]);
+    }
 }

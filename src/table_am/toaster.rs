@@ -4,6 +4,7 @@
 //! blocks are stored once whatever the row's width; other values, largest first, while the row is above heap's threshold.
 //! After that heapam's own toaster finds nothing to do: what is left above 24 bytes has storage PLAIN.
 
+use crate::pg::interrupt;
 use crate::pg::relation::OpenRelation;
 use crate::pg::tuple::attribute;
 use crate::pg::varlena::{self, INLINE_BYTES, StandIn, VARHDRSZ};
@@ -60,6 +61,7 @@ impl Toaster {
                 let values = std::slice::from_raw_parts(values, natts).to_vec();
                 let mut row = Row { values, isnull: std::slice::from_raw_parts(isnull, natts) };
                 for i in (0..natts).filter(|&i| is_varlena(desc, row.isnull, i)) {
+                    interrupt::check();
                     let datum = row.values[i].cast_mut_ptr::<pg_sys::varlena>();
                     if varlena::is_external(datum) {
                         row.values[i] = self.take_in(datum);
