@@ -6,6 +6,7 @@
 //! transaction abort releases pins (resource owner), content locks (`LWLockReleaseAll`), heavyweight locks and memory.
 
 pub mod array;
+pub mod beside;
 pub mod buffer;
 pub mod compute;
 pub mod error;

@@ -16,7 +16,7 @@ mod routine;
 mod scan;
 pub mod sharing;
 mod slot;
-mod toaster;
+pub mod toaster;
 mod vacuum;
 
 pub use routine::is_ours;

@@ -11,6 +11,8 @@ use crate::pg::varlena::{self, INLINE_BYTES, StandIn, VARHDRSZ};
 use crate::store::{self, Hash, Payload, Store};
 use pgrx::pg_sys;
 use std::borrow::Cow;
+use std::cell::RefCell;
+use std::collections::HashMap;
 use tensor_blocks::Block;
 use tensor_blocks::encoding::{self, Encoding};
 
@@ -179,7 +181,10 @@ impl Toaster {
             let plain = pg_sys::detoast_attr(datum);
             let raw = varlena::payload(plain);
             let block = Block::decode(raw).ok().filter(|_| (*att).atttypid == self.block_type);
-            let hash = block.as_ref().map_or_else(|| store::value_hash(raw), |block| block.hash().0);
+            let hash = match &block {
+                Some(block) => known_hash(datum).filter(|_| plain == datum).unwrap_or_else(|| block.hash().0),
+                None => store::value_hash(raw),
+            };
             Some(Leaving { datum, plain, raw, hash, is_block: block.is_some(), att })
         }
     }
@@ -214,6 +219,32 @@ impl Toaster {
         }
         self.store.as_ref()
     }
+}
+
+thread_local! {
+    /// Hashes of blocks that are being inserted, by where they lie.
+    static HASHES: RefCell<HashMap<usize, Hash>> = RefCell::new(HashMap::new());
+}
+
+/// Runs `f`, which inserts rows, with the hashes of tensor blocks in them that are known already, so that they are not computed again.
+///
+/// # Safety
+/// Each datum is a plain `tensor_block` with this hash, and stays so while `f` runs.
+pub unsafe fn with_hashes<T>(hashes: Vec<(pg_sys::Datum, Hash)>, f: impl FnOnce() -> T) -> T {
+    /// Forgets them, also while unwinding.
+    struct Known;
+    impl Drop for Known {
+        fn drop(&mut self) {
+            HASHES.with_borrow_mut(HashMap::clear);
+        }
+    }
+    let _known = Known;
+    HASHES.with_borrow_mut(|known| known.extend(hashes.into_iter().map(|(datum, hash)| (datum.value(), hash))));
+    f()
+}
+
+fn known_hash(datum: *const pg_sys::varlena) -> Option<Hash> {
+    HASHES.with_borrow(|known| known.get(&datum.addr()).copied())
 }
 
 /// A row on its way: its values as they are now.

@@ -3,18 +3,21 @@
 use super::read::{Storage, sets_trained_from};
 use crate::catalog::read::damaged;
 use crate::catalog::write::{as_owner, create_domain, delete_unused_graphs, lock_object, owns_domain};
+use crate::pg::beside::Beside;
 use crate::pg::insert::insert_rows;
 use crate::pg::scan::relation_oid;
 use crate::pg::varlena::VARHDRSZ;
 use crate::pg::{error, fmgr, snapshot};
+use crate::store::Hash;
+use crate::table_am::toaster::with_hashes;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use pgrx::spi::{SpiClient, SpiError};
 use std::collections::{HashMap, HashSet};
 use tensor_blocks::members::{CHUNK_MEMBERS, Chunk, PackedBlock, Place};
-use tensor_blocks::{Block, DType};
+use tensor_blocks::{Block, DType, block_hash};
 
-/// Blocks that are held before they are stored.
+/// Blocks that are hashed, and stored, at a time.
 const HELD: usize = 64;
 
 /// A set that is to be stored.
@@ -40,7 +43,9 @@ pub struct SetWriter {
     set: i64,
     name: String,
     architecture: i64,
-    held: Vec<PackedBlock>,
+    /// Blocks with their hashes, which those do not have yet that no piece is made of.
+    held: Vec<(PackedBlock, Hash)>,
+    hashing: Beside<Vec<(PackedBlock, Hash)>>,
     /// Numbers of blocks that are not used yet, descending.
     numbers: Vec<Option<i64>>,
     bytes: u64,
@@ -121,6 +126,7 @@ impl SetWriter {
                 name: new.name.to_owned(),
                 architecture,
                 held: Vec::new(),
+                hashing: Beside::new("tessera hashing", |blocks: &mut Vec<_>| blocks.iter_mut().for_each(finish_block)),
                 numbers: Vec::new(),
                 bytes: 0,
             })
@@ -145,41 +151,45 @@ impl SetWriter {
         number.unwrap_or_else(|| damaged("the number of a set's block is out of range"))
     }
 
-    /// Stores a block, with others that are held until then.
+    /// Stores a block, with others that are held until then, when they are hashed.
     pub fn block(&mut self, block: PackedBlock) {
-        self.held.push(block);
+        self.bytes += (block.elements().len() + block.index.len()) as u64;
+        self.held.push((block, Hash::default()));
         if self.held.len() >= HELD {
-            self.flush();
+            let held = std::mem::take(&mut self.held);
+            let before = self.hashing.exchange(held);
+            self.store(before.unwrap_or_default());
         }
     }
 
     fn flush(&mut self) {
-        let mut held = std::mem::take(&mut self.held);
-        if held.is_empty() {
+        let before = self.hashing.collect();
+        self.store(before.unwrap_or_default());
+        let rest = std::mem::take(&mut self.held);
+        self.store(self.hashing.here(rest));
+    }
+
+    fn store(&self, mut blocks: Vec<(PackedBlock, Hash)>) {
+        crate::pg::interrupt::check();
+        if blocks.is_empty() {
             return;
         }
-        self.bytes += held.iter().map(|block| (block.elements().len() + block.index.len()) as u64).sum::<u64>();
-        crate::pg::interrupt::check();
-        let rows = held.iter_mut().map(|block| {
-            let elements = block.elements().len();
-            debug_assert_eq!(block.room, SetWriter::ROOM);
-            let head = Block::head_of(DType::Float32, &[1, (elements / 4) as u32]);
-            block.bytes[VARHDRSZ..SetWriter::ROOM].copy_from_slice(&head);
+        let row = |(block, _): &mut (PackedBlock, Hash)| {
             [
                 pg_sys::Datum::from(i64::from(block.number)),
                 pg_sys::Datum::from(self.architecture),
                 fmgr::varlena_datum(&[&block.index]),
                 fmgr::varlena_in_place(&mut block.bytes),
             ]
-        });
-        let rows: Vec<[pg_sys::Datum; 4]> = rows.collect();
+        };
+        let rows: Vec<[pg_sys::Datum; 4]> = blocks.iter_mut().map(row).collect();
+        let hashes = rows.iter().zip(&blocks).map(|(row, (_, hash))| (row[3], *hash)).collect();
         let table = relation_oid(c"tessera", c"set_block").unwrap_or_else(|| damaged("a table is missing"));
         // SAFETY: of the types of tessera.set_block's columns: bigint twice, bytea, tensor_block, whose bytes are held until here.
         unsafe {
-            insert_rows(table, &rows);
+            with_hashes(hashes, || insert_rows(table, &rows));
             rows.iter().for_each(|row| pg_sys::pfree(row[2].cast_mut_ptr()));
         }
-        drop(held);
     }
 
     /// Stores the map: members ascending by name, with the places of their segments, and the recipes of those that have one.
@@ -226,6 +236,14 @@ impl SetWriter {
             Ok(count)
         })
     }
+}
+
+/// Writes the head of a block's value before its elements, and hashes it.
+fn finish_block((block, hash): &mut (PackedBlock, Hash)) {
+    let shape = [1, (block.elements().len() / 4) as u32];
+    *hash = block_hash(DType::Float32, &shape, block.elements()).0;
+    let head = Block::head_of(DType::Float32, &shape);
+    block.bytes[block.room - head.len()..block.room].copy_from_slice(&head);
 }
 
 /// Raises an ERROR if a set or a model has the name, or a model one that a member of the set could have.

@@ -1,8 +1,6 @@
 //! Hashing members of a set on a thread beside, while members before them are stored.
 
-use crate::pg::{compute, error};
-use pgrx::prelude::*;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use crate::pg::beside::Beside;
 use tensor_blocks::members::{SegmentHash, segment_hash};
 
 /// Bytes of members that are handed over at a time. Larger ones are hashed where they are: their segments are large, and they
@@ -42,21 +40,12 @@ impl Batch {
     }
 }
 
-/// The thread's two ends. It ends when this is dropped, also by an ERROR.
-struct Thread {
-    to: SyncSender<Batch>,
-    from: Receiver<Batch>,
-}
-
 /// Members between their arrival and their places.
 pub struct Hashing {
     starts: Vec<usize>,
     /// What is being filled.
     open: Batch,
-    /// None before the first full batch, and if there is no thread to be had.
-    thread: Option<Thread>,
-    /// Whether the thread has a batch.
-    busy: bool,
+    thread: Beside<Batch>,
     /// A batch whose memory is used again.
     spare: Batch,
 }
@@ -64,7 +53,9 @@ pub struct Hashing {
 impl Hashing {
     /// For members whose segments begin at `starts`, the last of which is where a member ends.
     pub fn new(starts: Vec<usize>) -> Hashing {
-        Hashing { starts, open: Batch::default(), thread: None, busy: false, spare: Batch::default() }
+        let ends = starts.clone();
+        let thread = Beside::new("tessera hashing", move |batch: &mut Batch| batch.hash(&ends));
+        Hashing { starts, open: Batch::default(), thread, spare: Batch::default() }
     }
 
     /// Where the segments of a member begin.
@@ -85,32 +76,10 @@ impl Hashing {
         }
         if self.member_bytes() > BATCH_BYTES / 4 {
             let full = std::mem::take(&mut self.open);
-            return Some(self.here(full));
+            return Some(self.thread.here(full));
         }
         let full = std::mem::replace(&mut self.open, std::mem::take(&mut self.spare));
-        let before = self.collect();
-        if self.thread.is_none() {
-            self.thread = start(self.starts.clone());
-        }
-        let Some(thread) = &self.thread else { return Some(self.here(full)) };
-        thread.to.send(full).unwrap_or_else(|_| lost());
-        self.busy = true;
-        before
-    }
-
-    fn here(&self, mut batch: Batch) -> Batch {
-        batch.hash(&self.starts);
-        batch
-    }
-
-    /// What the thread has, when it is hashed.
-    fn collect(&mut self) -> Option<Batch> {
-        if !std::mem::take(&mut self.busy) {
-            return None;
-        }
-        // A batch takes it half a millisecond, so that nobody waits for long.
-        let thread = self.thread.as_ref()?;
-        Some(thread.from.recv().unwrap_or_else(|_| lost()))
+        self.thread.exchange(full)
     }
 
     /// Takes back a batch that was placed.
@@ -122,26 +91,8 @@ impl Hashing {
 
     /// The last members, in one batch or two. Others can be added afterwards.
     pub fn rest(&mut self) -> impl Iterator<Item = Batch> + use<> {
-        let before = self.collect();
+        let before = self.thread.collect();
         let open = std::mem::take(&mut self.open);
-        before.into_iter().chain([self.here(open)])
+        before.into_iter().chain([self.thread.here(open)])
     }
-}
-
-fn start(starts: Vec<usize>) -> Option<Thread> {
-    let (to, batches) = sync_channel::<Batch>(1);
-    let (hashed, from) = sync_channel::<Batch>(1);
-    let work = move || {
-        while let Ok(mut batch) = batches.recv() {
-            batch.hash(&starts);
-            if hashed.send(batch).is_err() {
-                return;
-            }
-        }
-    };
-    compute::spawn("tessera hashing", work).then_some(Thread { to, from })
-}
-
-fn lost() -> ! {
-    error::raise(PgSqlErrorCode::ERRCODE_INTERNAL_ERROR, "the thread that hashes members of a set has ended", "", "")
 }

@@ -7,7 +7,7 @@
 //! | --- | --- |
 //! | up to [`LINE_MAX`] rows, `b` row-major | lines: `b` is read once, along its rows; wide ones by sweeps of 8 rows |
 //! | few columns, both operands contiguous along k | dot products |
-//! | `b` row-major | blocks of 6 rows by 4 vectors, straight from where `b` lies |
+//! | `b` row-major | blocks of 6 rows by 4 vectors or 2, straight from where `b` lies |
 //! | up to [`TURNED_MAX`] rows, the columns of `b` contiguous | its squares are turned in registers |
 //! | `b` otherwise, or its rows a page apart | the same, from a copy of a piece of `b` in the thread's scratch |
 //!
@@ -15,7 +15,7 @@
 #![allow(unsafe_code)] // Hands checked bounds to kernels that work by pointer.
 
 use super::epilogue::{self, Activation, Bias};
-use super::micro::{DOTS, Isa, LINE_ROWS, LINE_VECTORS, Part, ROWS, SWEEP, VECTORS, isa};
+use super::micro::{DOTS, Isa, LINE_ROWS, Part, ROWS, SWEEP, isa};
 use super::turn::copy_panel;
 use super::turned::few_rows;
 use std::cell::RefCell;
@@ -201,7 +201,7 @@ pub(super) fn check_output(out: &[f32], stride: usize, m: usize, n: usize) {
 /// # Safety
 /// The elements of `whole` are there for `m` rows.
 unsafe fn dots(isa: &Isa, m: usize, whole: Part) {
-    let (rows, columns) = DOTS;
+    let (rows, columns) = (DOTS.0, isa.dot_columns);
     for column in (0..whole.columns).step_by(columns) {
         let count = columns.min(whole.columns - column);
         for row in (0..m).step_by(rows) {
@@ -249,7 +249,7 @@ unsafe fn lines(isa: &Isa, m: usize, whole: Part) {
         }
     }
     let heights = m.div_ceil(LINE_ROWS);
-    let width = LINE_VECTORS * isa.lanes;
+    let width = isa.line_vectors * isa.lanes;
     // Steps in the outer loop: with several passes over `b`, the later ones find it in the cache.
     for first in (start..whole.k).step_by(STEPS) {
         let piece = steps(&whole, first, STEPS.min(whole.k - first));
@@ -291,7 +291,7 @@ unsafe fn blocks(isa: &Isa, m: usize, whole: Part, b_col: usize) {
         unsafe { panels::<false>(isa, m, whole) };
         return;
     }
-    let width = VECTORS * isa.lanes;
+    let width = isa.block_vectors * isa.lanes;
     SCRATCH.with_borrow_mut(|scratch| {
         if scratch.len() < STEPS * COPIED {
             scratch.resize(STEPS * COPIED, 0.0);
@@ -385,7 +385,7 @@ pub fn scattered_product(
 /// # Safety
 /// As for [`dots`].
 unsafe fn panels<const AT: bool>(isa: &Isa, m: usize, whole: Part) {
-    let vectors = if AT && m <= LINE_ROWS { LINE_VECTORS } else { VECTORS };
+    let vectors = if AT && m <= LINE_ROWS { isa.line_vectors } else { isa.block_vectors };
     let width = vectors * isa.lanes;
     // As even as can be: each piece but the first adds to the output.
     let length = whole.k.div_ceil(whole.k.div_ceil(STEPS).max(1)).max(1);
@@ -411,6 +411,8 @@ unsafe fn panels<const AT: bool>(isa: &Isa, m: usize, whole: Part) {
                             out: whole.out.add(row * whole.out_row + column),
                             bias: bias_of(&whole, column),
                             columns: width.min(whole.columns - column),
+                            // Scattered rows of `b` are near; those of `a` are after the first panel.
+                            ahead: if AT { column == 0 } else { piece.ahead },
                             ..piece
                         },
                     );
@@ -436,7 +438,7 @@ unsafe fn panel_of_rows<const AT: bool>(isa: &Isa, m: usize, whole: Part) {
             true => isa.scattered_blocks[height - 1][vectors - 1],
             false => isa.blocks[height - 1][vectors - 1],
         };
-        if AT && whole.a_col == 1 {
+        if AT && whole.ahead && whole.a_col == 1 {
             let next = whole.a.wrapping_add((row + height) * whole.a_row);
             ahead(next, whole.a_row, ROWS.min(m - row - height), whole.k);
         }

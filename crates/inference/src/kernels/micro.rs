@@ -12,6 +12,9 @@
 //!   rows     +----+----+----+----+  all the work, which goes best along whole rows of a tile
 //! ```
 //!
+//! Half as wide, 6 x 2 and 3 x 4, where there are 16 registers instead of 32: sums that do not fit are written to memory and
+//! read again in each step, which takes three to four times as long.
+//!
 //! Invariant: an element of the output is one chain of multiply-adds along k, from what was there before, or the bias, or 0,
 //! whatever the kernel, its height and width, and wherever k was cut. So its bits do not depend on how many rows
 //! are computed at a time. Dot products have an order of their own, which does not depend on their number either.
@@ -25,15 +28,15 @@ use super::turned::TURNED_ROWS;
 
 /// Most rows of a block.
 pub(super) const ROWS: usize = 6;
-/// Vectors of a row of a block.
+/// Most vectors of a row of a block.
 pub(super) const VECTORS: usize = 4;
 /// Most rows of a line.
 pub(super) const LINE_ROWS: usize = 3;
-/// Vectors of a line.
+/// Most vectors of a line.
 pub(super) const LINE_VECTORS: usize = 8;
 /// Rows of b that a sweep takes at a time.
 pub(super) const SWEEP: usize = 8;
-/// Rows and columns of a block of dot products.
+/// Most rows and columns of a block of dot products.
 pub(super) const DOTS: (usize, usize) = (2, 4);
 
 /// A part of a product. Elements are counted in float32.
@@ -73,6 +76,10 @@ pub(super) type Kernel = unsafe fn(&Part);
 pub(super) struct Isa {
     /// Elements of a vector.
     pub lanes: usize,
+    /// Most vectors of a row of a block, of a line, and columns of a block of dot products, that fit the registers.
+    pub block_vectors: usize,
+    pub line_vectors: usize,
+    pub dot_columns: usize,
     /// By rows - 1 and vectors - 1.
     pub blocks: [[Kernel; VECTORS]; ROWS],
     /// By rows - 1 and vectors - 1.
@@ -278,13 +285,16 @@ unsafe fn dots<L: Lanes, const R: usize, const C: usize>(part: &Part) {
 }
 
 macro_rules! level {
-    ($name:ident, $lanes:ty, #[$features:meta]) => {
+    ($name:ident, $lanes:ty, $registers:expr, #[$features:meta]) => {
         mod $name {
             use super::*;
 
             /// The kernels of this level.
             pub(super) static ISA: Isa = Isa {
                 lanes: <$lanes as Lanes>::WIDTH,
+                block_vectors: if $registers < 32 { VECTORS / 2 } else { VECTORS },
+                line_vectors: if $registers < 32 { LINE_VECTORS / 2 } else { LINE_VECTORS },
+                dot_columns: if $registers < 32 { DOTS.1 / 2 } else { DOTS.1 },
                 blocks: blocks::<false>(),
                 lines: [row8::<1, false>(), row8::<2, false>(), row8::<3, false>()],
                 scattered_blocks: blocks::<true>(),
@@ -345,8 +355,8 @@ macro_rules! level {
     };
 }
 
-level!(base, Four, #[inline(never)]);
+level!(base, Four, if cfg!(target_arch = "aarch64") { 32 } else { 16 }, #[inline(never)]);
 #[cfg(target_arch = "x86_64")]
-level!(avx2, Eight, #[target_feature(enable = "avx2,fma")]);
+level!(avx2, Eight, 16, #[target_feature(enable = "avx2,fma")]);
 #[cfg(target_arch = "x86_64")]
-level!(avx512, Sixteen, #[target_feature(enable = "avx512f,avx512dq,avx512vl,avx2,fma")]);
+level!(avx512, Sixteen, 32, #[target_feature(enable = "avx512f,avx512dq,avx512vl,avx2,fma")]);
