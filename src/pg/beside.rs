@@ -74,17 +74,3 @@ impl<T: Send + 'static> Beside<T> {
 fn lost(name: &str) -> ! {
     error::raise(PgSqlErrorCode::ERRCODE_INTERNAL_ERROR, format!("the thread \"{name}\" has ended"), "", "")
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pieces_come_back_in_order_and_done() {
-        let mut beside = Beside::new("test", |piece: &mut u32| *piece *= 2);
-        let mut done: Vec<u32> = (0..100).filter_map(|piece| beside.exchange(piece)).collect();
-        done.extend(beside.collect());
-        assert_eq!(done, (0..100).map(|piece| piece * 2).collect::<Vec<_>>());
-        assert_eq!((beside.collect(), beside.here(4)), (None, 8));
-    }
-}
