@@ -41,7 +41,7 @@ macro_rules! call_heapam {
         $(let _ = &$arg;)*
         // SAFETY: heapam's own callback with the arguments of ours; `pg_guard_ffi_boundary` catches an ERROR that it
         // raises, and this is the main thread.
-        #[allow(unused_unsafe)]
+        #[allow(unused_unsafe)] // Most callers are in an unsafe block already, some are not.
         unsafe { pgrx::pg_sys::ffi::pg_guard_ffi_boundary(|| callback($($arg),*)) }
     }};
 }

@@ -43,7 +43,7 @@ pub struct SetWriter {
     set: i64,
     name: String,
     architecture: i64,
-    /// Blocks with their hashes, which those do not have yet that no piece is made of.
+    /// Blocks that wait until there are [`HELD`], without their hashes yet.
     held: Vec<(PackedBlock, Hash)>,
     hashing: Beside<Vec<(PackedBlock, Hash)>>,
     /// Numbers of blocks that are not used yet, descending.

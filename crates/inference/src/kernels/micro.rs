@@ -13,7 +13,7 @@
 //! ```
 //!
 //! Half as wide, 6 x 2 and 3 x 4, where there are 16 registers instead of 32: sums that do not fit are written to memory and
-//! read again in each step, which takes three to four times as long.
+//! read again in each step, which takes two to three times as long.
 //!
 //! Invariant: an element of the output is one chain of multiply-adds along k, from what was there before, or the bias, or 0,
 //! whatever the kernel, its height and width, and wherever k was cut. So its bits do not depend on how many rows
